@@ -29,7 +29,8 @@ class InputGroup:
 
     All names are relative to the block. `norm` is the norm that makes the input, or `producer` the linear
     layer whose output rows from `first_row` on are the input's channels; with neither, an input scale
-    stays in the layer. `inspect` is the module whose output AWQ compares. `clip` says whether AWQ clips.
+    stays in the layer. `inspect` is the module whose output AWQ compares; `attends` says
+    that it mixes tokens. `clip` says whether AWQ clips.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class InputGroup:
     norm: str | None = None
     producer: str | None = None
     first_row: int = 0
+    attends: bool = False
     clip: bool = True
 
 
@@ -60,7 +62,9 @@ def input_groups(config: Any) -> list[InputGroup]:
     # with grouped queries one value channel feeds several inputs of o, each with its own scale
     value_feeds_o = heads == kv_heads
     return [
-        InputGroup("qkv", _in("self_attn", qkv), "self_attn", norm="input_layernorm", clip=False),
+        InputGroup(
+            "qkv", _in("self_attn", qkv), "self_attn", norm="input_layernorm", attends=True, clip=False
+        ),
         InputGroup(
             "o",
             ("self_attn.o_proj",),

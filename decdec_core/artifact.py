@@ -77,9 +77,10 @@ def is_artifact(path: str | Path) -> bool:
         values = json.loads(config.read_text("utf-8"))
     except ValueError:
         return False
-    return isinstance(values, dict) and (values.get("quantization_config") or {}).get(
-        "quant_method"
-    ) == QUANT_METHOD
+    return (
+        isinstance(values, dict)
+        and (values.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+    )
 
 
 def save(
@@ -203,7 +204,9 @@ def verify(path: str | Path) -> Manifest:
         if name not in found:
             raise ArtifactError(f"{folder}: tensor {name} must be there, got none")
         if name not in manifest.tensors:
-            raise ArtifactError(f"{folder}: tensor {name} must not be there, got one in {found[name]['file']}")
+            raise ArtifactError(
+                f"{folder}: tensor {name} must not be there, got one in {found[name]['file']}"
+            )
         for key in ("file", "dtype", "shape", "sha256"):
             _require_equal(f"tensor {name}: {key}", manifest.tensors[name].get(key), found[name][key])
     return manifest
@@ -229,9 +232,7 @@ def read_manifest(folder: Path) -> Manifest:
 def require_format_version(got: object) -> None:
     """Raise ArtifactError unless `got` is the format version that this release reads."""
     if got != FORMAT_VERSION:
-        raise ArtifactError(
-            f"artifact format_version must be {FORMAT_VERSION}, got {got!r}: build it again with `decdec build`"
-        )
+        raise ArtifactError(f"artifact format_version must be {FORMAT_VERSION}, got {got!r}: build it again")
 
 
 def _require_file(folder: Path, name: str) -> None:
@@ -245,7 +246,7 @@ def _require_equal(which: str, wanted: object, got: object) -> None:
 
 
 def _fingerprint(tensor: Tensor) -> dict[str, Any]:
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return {
         "dtype": _DTYPES[tensor.dtype],
         "shape": list(tensor.shape),

@@ -188,5 +188,3 @@ def _quantize_linear(
     full = weight.float()
     quantized = quantize(awq.clip(full, sample, weight_quant) if sample is not None else full, weight_quant)
     return quantized, quantize_residual(full - dequantize(quantized), residual_quant)
-
-

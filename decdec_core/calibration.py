@@ -1,14 +1,14 @@
 """Texts -> per-layer activation statistics (method.md section 3), one decoder block at a time.
 
-    texts --tokenize--> sequences --embedding--> hidden states --block 0--> ... --block n-1-->
-                                                     |  hooks on the linear layers of each input group
-                                                     v
-                                            ActivationStatistics (streaming) and a small token sample
+texts --tokenize--> sequences --embedding--> hidden states --block 0--> ... --block n-1-->
+                                                 |  hooks on the linear layers of each input group
+                                                 v
+                                        ActivationStatistics (streaming) and a small token sample
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +126,7 @@ def _first(output: Any) -> Tensor:
 
 
 @contextmanager
-def watching(modules: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Within the block, `see(name, x)` gets the input of every call of each of the modules."""
 
     def watcher(name: str) -> Callable[..., None]:

@@ -1,9 +1,9 @@
 """Input activation -> the channels to compensate (method.md section 4).
 
-    random   drawn anew for each token, the same number from every chunk
-    static   the top channels by mean x**2 on the calibration text, fixed for all tokens
-    exact    per chunk, the k channels with the largest |x|
-    dynamic  per chunk, the paper's bucketed approximation of that: the default
+random   drawn anew for each token, the same number from every chunk
+static   the top channels by mean x**2 on the calibration text, fixed for all tokens
+exact    per chunk, the k channels with the largest |x|
+dynamic  per chunk, the paper's bucketed approximation of that: the default
 """
 
 from __future__ import annotations

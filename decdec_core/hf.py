@@ -85,8 +85,8 @@ class DecDECQuantizer(HfQuantizer):
 
 
 def _artifact_folder(model: nn.Module, checkpoint_files: list[str] | None) -> Path:
-    """Return the local folder of the artifact; from a hub, the files transformers itself leaves are fetched."""
-    name = model.config.name_or_path
+    """Return the artifact's local folder; from a hub, fetch what transformers itself leaves there."""
+    name = str(model.config.name_or_path)  # type: ignore[union-attr]
     if not Path(name).is_dir():
         for file in (MANIFEST, RESIDUAL_FILE, CONFIG):
             cached_file(name, file)

@@ -60,7 +60,9 @@ class DecLinear(nn.Module):
         self.register_buffer("codes", torch.zeros(out_features, words, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(out_features, groups, dtype=torch.float16))
         self.register_buffer("zeros", torch.zeros(out_features, groups, dtype=torch.uint8))
-        self.register_buffer("input_scale", torch.ones(in_features, dtype=torch.float32) if scaled_input else None)
+        self.register_buffer(
+            "input_scale", torch.ones(in_features, dtype=torch.float32) if scaled_input else None
+        )
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
         self.residual: QuantizedResidual | None = None
         self.statistics: ActivationStatistics | None = None
@@ -93,7 +95,8 @@ class DecLinear(nn.Module):
         return self.selector is not None and (self.scope.every_token or single_token)
 
     def _compensated(self, x: Tensor, y: Tensor) -> Tensor:
-        assert self.selector is not None and self.residual is not None
+        assert self.selector is not None
+        assert self.residual is not None
         tokens = x.detach().reshape(-1, self.in_features)
         total = y.reshape(-1, self.out_features).float()
         residual = self.residual

@@ -83,7 +83,9 @@ def _checked(source: str) -> str:
     """Return `source` if it can be a model; raise DecDECError for a path that does not exist."""
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()
     if looks_like_path and not (Path(source) / "config.json").is_file():
-        raise DecDECError(f"model must be a folder with a config.json, a .gguf file or a hub id, got {source}")
+        raise DecDECError(
+            f"model must be a folder with a config.json, a .gguf file or a hub id, got {source}"
+        )
     return source
 
 

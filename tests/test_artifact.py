@@ -45,7 +45,9 @@ def test_verify_covers_every_tensor_and_file(tiny_artifact_dir: Path) -> None:
     assert manifest.tensors.keys() == stored[0].keys() | stored[1].keys()
     assert len(manifest.layers()) == 14
     assert set(manifest.files) == {
-        p.name for p in tiny_artifact_dir.iterdir() if p.suffix != ".safetensors" and p.name != "manifest.json"
+        p.name
+        for p in tiny_artifact_dir.iterdir()
+        if p.suffix != ".safetensors" and p.name != "manifest.json"
     }
 
 
@@ -91,7 +93,10 @@ def _manifest(change: Callable[[dict[str, object]], object]) -> Callable[[Path],
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped byte": (_flip_byte, r"tensor .*: sha256 must be .*, got"),
-    "missing tensor": (_edit("model.safetensors", lambda t: t.pop(f"{LAYER}.scales")), r"scales must be there, got none"),
+    "missing tensor": (
+        _edit("model.safetensors", lambda t: t.pop(f"{LAYER}.scales")),
+        r"scales must be there, got none",
+    ),
     "extra tensor": (
         _edit("model.safetensors", lambda t: t.update(extra=torch.ones(2))),
         r"tensor extra must not be there",
@@ -107,7 +112,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "swapped layers": (_edit("model.safetensors", _swap), r"codes: sha256 must be"),
     "edited config": (_edit_config, r"config.json: sha256 must be"),
     "truncated file": (_truncate, r"model.safetensors must be a safetensors file, got"),
-    "missing residual": (lambda f: (f / "residual.safetensors").unlink(), r"file residual.safetensors must be there"),
+    "missing residual": (
+        lambda f: (f / "residual.safetensors").unlink(),
+        r"file residual.safetensors must be there",
+    ),
     "missing manifest": (lambda f: (f / "manifest.json").unlink(), r"file manifest.json must be there"),
     "manifest that is no JSON": (lambda f: (f / "manifest.json").write_text("{"), r"must be JSON"),
     "another format version": (

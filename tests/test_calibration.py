@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from conftest import ARCHITECTURES, tiny_model
+
 from decdec_core.architectures import decoder_blocks
 from decdec_core.calibration import FIRST_TOKENS, BlockInputs, StatisticsAccumulator, sequences, watching
 from decdec_core.config import DecDECError

@@ -34,7 +34,7 @@ def test_every_selection_gives_the_same_number_of_distinct_channels(
     count = total_channels(IN, k_chunk)
     assert channels.shape == (1 if selection == "static" else 40, count)
     assert all(len(set(row)) == count for row in channels.tolist())
-    assert 0 <= channels.min()
+    assert channels.min() >= 0
     assert channels.max() < IN
 
 

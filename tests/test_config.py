@@ -15,7 +15,14 @@ from decdec_core.config import (
 
 @pytest.mark.parametrize(
     ("in_features", "k_chunk", "wanted"),
-    [(576, 16, [9]), (1536, 16, [16, 8]), (4096, 8, [8] * 4), (1000, 1, [0]), (1, 1024, [1]), (1032, 1024, [1024, 8])],
+    [
+        (576, 16, [9]),
+        (1536, 16, [16, 8]),
+        (4096, 8, [8] * 4),
+        (1000, 1, [0]),
+        (1, 1024, [1]),
+        (1032, 1024, [1024, 8]),
+    ],
 )
 def test_a_chunk_contributes_its_share(in_features: int, k_chunk: int, wanted: list[int]) -> None:
     assert channels_per_chunk(in_features, k_chunk) == wanted
@@ -43,14 +50,19 @@ def test_k_chunk_out_of_range_is_refused(given: object) -> None:
 
 
 def test_unknown_selection_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(DecDECError, match=r"selection must be one of none, .*got 'dynamc' \(did you mean 'dynamic'\?\)"):
+    with pytest.raises(
+        DecDECError, match=r"selection must be one of none, .*got 'dynamc' \(did you mean 'dynamic'\?\)"
+    ):
         Compensation(selection="dynamc")
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Compensation(compensate="prompt"), "compensate must be one of all, decode, auto, got 'prompt'"),
+        (
+            lambda: Compensation(compensate="prompt"),
+            "compensate must be one of all, decode, auto, got 'prompt'",
+        ),
         (lambda: Compensation(seed=-1), r"seed must be 0\.\.2147483647, got -1"),
         (lambda: WeightQuant("gptq"), "method must be one of rtn, awq, got 'gptq'"),
         (lambda: WeightQuant(bits=6), "bits must be one of 2, 3, 4, 5, got 6"),
@@ -64,7 +76,9 @@ def test_refused_values_name_which_wanted_got(make: object, message: str) -> Non
         make()  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("config", [WeightQuant("rtn", 5, 64), ResidualQuant(8), Compensation("static", "1/2/3/4", "all", 7)])
+@pytest.mark.parametrize(
+    "config", [WeightQuant("rtn", 5, 64), ResidualQuant(8), Compensation("static", "1/2/3/4", "all", 7)]
+)
 def test_json_round_trip(config: WeightQuant) -> None:
     assert type(config).from_dict(config.to_dict()) == config
 

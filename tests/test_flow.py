@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ARCHITECTURES, CALIBRATION, save_tiny
 from transformers import AutoModelForCausalLM
 
-from conftest import ARCHITECTURES, CALIBRATION, save_tiny
 from decdec_core.artifact import load_host_tensors, verify
 from decdec_core.build import build_artifact
 from decdec_core.config import Compensation, DecDECError, ResidualQuant, WeightQuant
@@ -159,11 +159,15 @@ def test_the_residual_is_no_buffer_and_comes_from_the_artifact(tiny_artifact_dir
 
 
 def test_a_plain_model_has_nothing_to_set(tiny_model_dir: Path) -> None:
-    with pytest.raises(DecDECError, match="must be loaded from a decdec artifact, got a plain LlamaForCausalLM"):
+    with pytest.raises(
+        DecDECError, match="must be loaded from a decdec artifact, got a plain LlamaForCausalLM"
+    ):
         set_compensation(_load(tiny_model_dir), Compensation())
 
 
-def test_building_twice_gives_the_same_bytes(tiny_model_dir: Path, tiny_artifact_dir: Path, tmp_path: Path) -> None:
+def test_building_twice_gives_the_same_bytes(
+    tiny_model_dir: Path, tiny_artifact_dir: Path, tmp_path: Path
+) -> None:
     again = build_artifact(
         str(tiny_model_dir), tmp_path / "again", WeightQuant("awq", 3), ResidualQuant(4), CALIBRATION
     )

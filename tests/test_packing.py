@@ -35,7 +35,9 @@ def test_weight_code_layout_is_a_little_endian_bit_stream() -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("out_features", [1, 2, 3, 5, 192, 577])
-def test_residual_codes_survive_packing_by_channel(bits: int, out_features: int, draw: torch.Generator) -> None:
+def test_residual_codes_survive_packing_by_channel(
+    bits: int, out_features: int, draw: torch.Generator
+) -> None:
     limit = 2 ** (bits - 1) - 1
     codes = torch.randint(-limit, limit + 1, (out_features, 9), generator=draw).to(torch.int8)
     packed = pack_channels(codes, bits)

@@ -22,23 +22,29 @@ from decdec_core.config import WeightQuant, groups_of
 from decdec_core.quantize.uniform import round_trip, round_trip_groups
 
 ALPHA_STEPS = 20
+SEARCH_TOKENS = 1024  # at most so many of the sample's tokens, evenly, where a module takes them one by one
 CLIP_STEPS = 10  # largest magnitude times 1, 0.95, ... 0.55
 CLIP_STEP = 0.05
 _CLIP_ELEMENTS = 1 << 22  # of a weight, clipped at once: bounds the memory of the search
 
 
 class Sample:
-    """A few calibration sequences as one decoder block's input groups and inspected modules see them."""
+    """A few calibration sequences as one decoder block's input groups and inspected modules see them.
+
+    run: a pass of those sequences through the block.
+    """
 
     def __init__(self, block: nn.Module, groups: list[InputGroup], run: Callable[[], object]) -> None:
         self._inputs: dict[str, list[Tensor]] = {group.kind: [] for group in groups}
-        self._calls: dict[str, list[Any]] = {group.kind: [] for group in groups}
+        # attention mixes tokens, so it is given its own calls again; the other modules take any tokens
+        self._calls: dict[str, list[Any]] = {group.kind: [] for group in groups if group.attends}
         watched = {group.kind: block.get_submodule(group.linears[0]) for group in groups}
         with ExitStack() as stack:
             stack.enter_context(watching(watched, self._see))
             for group in groups:
-                module = block.get_submodule(group.inspect)
-                stack.enter_context(recorded_call(module, self._calls[group.kind]))
+                if group.attends:
+                    module = block.get_submodule(group.inspect)
+                    stack.enter_context(recorded_call(module, self._calls[group.kind]))
             run()
 
     def _see(self, kind: str, x: Tensor) -> None:
@@ -49,7 +55,10 @@ class Sample:
         return torch.cat(self._inputs[kind])
 
     def outputs(self, module: nn.Module, kind: str) -> Tensor:
-        """Return what `module` makes of the calls recorded for `kind`, (tokens, ...) flattened."""
+        """Return what the group's inspected `module` makes of the sample, flattened."""
+        if kind not in self._calls:
+            inputs = self.inputs(kind)
+            return module(inputs[:: -(-len(inputs) // SEARCH_TOKENS)]).flatten()
         results = [module(*args, **kwargs) for args, kwargs in self._calls[kind]]
         return torch.cat([(r[0] if isinstance(r, tuple) else r).flatten() for r in results])
 

@@ -1,0 +1,51 @@
+"""What a result says about where it came from: versions, hardware, commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import decdec_core
+
+_PACKAGES = ("torch", "transformers", "lm_eval")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this package, Python and the packages whose version can change a figure."""
+    others = {name: version(name) for name in _PACKAGES}
+    return {"decdec_eval": decdec_core.__version__, "python": platform.python_version(), **others}
+
+
+def hardware(device: torch.device) -> str:
+    """Return the GPU's name, or the CPU's kind and the number of threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.system()} {platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def commit() -> str | None:
+    """Return the commit of this checkout, with "+" where files differ from it; None outside of one."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        revision = _git(here, "rev-parse", "--short=12", "HEAD")
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision + ("+" if changed else "")
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return versions, hardware and commit together, as every run saves them."""
+    return {"versions": versions(), "hardware": hardware(device), "commit": commit()}

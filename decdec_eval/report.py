@@ -1,0 +1,215 @@
+"""Run files -> one table and one figure; `python -m decdec_eval.report DIR` makes them again."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+
+from decdec_core.config import Compensation, DecDECError
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+# one colour per selection in every figure, distinct without colour vision too (Okabe and Ito's palette)
+_STYLE = {
+    "full": ("#000000", "full precision"),
+    "none": ("#999999", "none: quantized only"),
+    "random": ("#E69F00", "random"),
+    "static": ("#56B4E9", "static"),
+    "dynamic": ("#D55E00", "dynamic (DecDEC)"),
+    "exact": ("#009E73", "exact top-k"),
+}
+_MARKER = {"random": "v", "static": "s", "dynamic": "o", "exact": "x"}
+
+
+def write_report(out: Path, paths: Iterable[Path]) -> str:
+    """Write table.md, table.csv and figure.png of the runs in `paths` to the folder `out`.
+
+    Returns the table as text for a terminal, with the names of what was written. Runs of different models,
+    texts or artifacts in one table raise DecDECError.
+    """
+    runs = [read_run(path) for path in paths]
+    _require_comparable(runs)
+    rows = table(runs)
+    caption = describe(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(f"{caption}\n\n{markdown(rows)}\n", "utf-8")
+    rows.to_csv(out / "table.csv", index=False)
+    draw(rows, caption, out / "figure.png")
+    names = ", ".join(str(out / name) for name in ("table.md", "table.csv", "figure.png"))
+    return f"\n{caption}\n\n{markdown(rows)}\n\nwritten: {names}"
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Return one run; a file that is none raises DecDECError."""
+    try:
+        run = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DecDECError(f"{path} must be a run's JSON file, got: {error}") from None
+    for key in ("configuration", "metrics", "environment"):
+        if not isinstance(run, dict) or key not in run:
+            raise DecDECError(f"{path} must be a run with {key}, got none")
+    return run
+
+
+def _require_comparable(runs: Sequence[dict[str, Any]]) -> None:
+    if not runs:
+        raise DecDECError("report must have at least one run, got none")
+    for key in ("model", "artifact_hash", "task"):
+        found = {json.dumps(run["configuration"][key], sort_keys=True) for run in runs}
+        if len(found) > 1:
+            raise DecDECError(f"runs of one table must share {key}, got {' and '.join(sorted(found))}")
+
+
+def table(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Return one row per run. `nll_change` is the mean loss less that of `none`, paired over windows."""
+    baseline = next((r for r in runs if _selection(r) == "none"), None)
+    return pd.DataFrame([_row(run, baseline) for run in runs])
+
+
+def _row(run: dict[str, Any], baseline: dict[str, Any] | None) -> dict[str, Any]:
+    metrics, ledger = run["metrics"], run.get("ledger") or {}
+    compensation = run["configuration"]["compensation"]
+    change, error = _paired(metrics["window_nll"], baseline["metrics"]["window_nll"] if baseline else None)
+    selected = compensation is not None and compensation["selection"] != "none"
+    return {
+        "selection": _selection(run),
+        "k_chunk": Compensation.from_dict(compensation).k_chunk_text() if selected else "",
+        "perplexity": metrics["token_perplexity"],
+        "perplexity_stderr": metrics["token_perplexity_stderr"],
+        "nll": metrics["mean_nll"],
+        "nll_change": change,
+        "nll_change_stderr": error,
+        "bytes_per_token": ledger.get("bytes_per_token", 0),
+        "time_s": run["time_s"],
+    }
+
+
+def _selection(run: dict[str, Any]) -> str:
+    compensation = run["configuration"]["compensation"]
+    return "full" if compensation is None else compensation["selection"]
+
+
+def _paired(values: Sequence[float], baseline: Sequence[float] | None) -> tuple[float | None, float | None]:
+    """Return the mean difference and its standard error over windows (None for a single window)."""
+    if baseline is None:
+        return None, None
+    differences = [a - b for a, b in zip(values, baseline, strict=True)]
+    count = len(differences)
+    error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else None
+    return statistics.fmean(differences), error
+
+
+def markdown(rows: pd.DataFrame) -> str:
+    """Return the table for people: values with the standard errors that bound their digits."""
+    head = ("selection", "k_chunk", "perplexity", "change of mean loss, nats", "KB fetched per token")
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in rows.to_dict("records"):
+        lines.append(
+            _line(
+                [
+                    _STYLE[row["selection"]][1],
+                    row["k_chunk"],
+                    with_error(row["perplexity"], row["perplexity_stderr"]),
+                    ""
+                    if row["selection"] == "none"
+                    else with_error(row["nll_change"], row["nll_change_stderr"]),
+                    f"{row['bytes_per_token'] / 1e3:.1f}" if row["bytes_per_token"] else "0",
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """Return "12.3 ± 0.4": no more digits than two of the error's; without an error, four figures."""
+    if value is None or math.isnan(value):
+        return ""
+    if error is None or math.isnan(error) or error == 0:
+        return f"{value:.4g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def describe(runs: Sequence[dict[str, Any]]) -> str:
+    """Return the sentence that says what a table is of."""
+    run = runs[0]
+    task, quantization = run["configuration"]["task"], run["quantization"]
+    weight, residual = quantization["weight"], quantization["residual"]
+    return (
+        f"{run['configuration']['model']}, {weight['method'].upper()} {weight['bits']}-bit group "
+        f"{weight['group_size']}, {residual['bits']}-bit residual; token perplexity on {task['text']}, "
+        f"{task['windows']} windows of {task['window_length']} tokens ± standard error over windows; "
+        f"measured on {run['environment']['hardware']}; change of mean loss is against none, paired; "
+        f"calibrated on {quantization['provenance']['calibration']['text']}"
+    )
+
+
+def draw(rows: pd.DataFrame, caption: str, path: Path) -> None:
+    """Write perplexity against k_chunk, one line per selection; full precision and none are levels."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    curves = rows[rows.k_chunk.str.isdigit()]
+    for name in ("none", "full"):
+        for level in rows[rows.selection == name].perplexity:
+            colour, label = _STYLE[name]
+            axes.axhline(level, color=colour, linestyle="--", linewidth=1, label=f"{label} ({level:.1f})")
+    for name, group in curves.groupby("selection", sort=False):
+        colour, label = _STYLE[str(name)]
+        ordered = group.assign(k=group.k_chunk.astype(int)).sort_values("k")
+        values = f" ({ordered.perplexity.iloc[0]:.1f})" if len(ordered) == 1 else ""
+        axes.plot(
+            ordered.k, ordered.perplexity, marker=_MARKER[str(name)], color=colour, label=label + values
+        )
+    if len(curves):
+        ticks = sorted(curves.k_chunk.astype(int).unique())
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+    axes.set_xlabel("k_chunk: channels compensated per 1024")
+    axes.set_ylabel("token perplexity (lower is better)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    axes.set_title("\n".join(caption.split("; ")[:2]), fontsize=8)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    temporary.rename(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make table and figure of the runs in DIR/runs again."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if len(given) != 1:
+            raise DecDECError(f"report must be given one folder, got {len(given)} arguments")
+        out = Path(given[0])
+        paths = sorted((out / "runs").glob("*.json"))
+        order = list(_STYLE)
+        runs = {path: read_run(path) for path in paths}
+        paths.sort(key=lambda p: (order.index(_selection(runs[p])), _k_of(runs[p])))
+        print(write_report(out, paths))
+    except DecDECError as error:
+        print(f"decdec: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _k_of(run: dict[str, Any]) -> tuple[int, ...]:
+    compensation = run["configuration"]["compensation"]
+    return tuple(compensation["k_chunk"]) if compensation else ()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""The model type `decdec`: what it refuses before loading, what it scores, what it states."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
+from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM
+
+from decdec_core.config import DecDECError
+from decdec_core.model import compensation_ledger, set_compensation
+from decdec_eval import lm_model, plugin
+from decdec_eval.lm_model import DecDECLM
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = "The quick brown fox jumps over the lazy dog."
+
+
+def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+    return [Instance(kind, {}, arguments=given, idx=0) for given in arguments]
+
+
+def load(folder: Path, **arguments: Any) -> DecDECLM:
+    """Return the model type as lm-eval's command line makes it on a machine without a GPU."""
+    return DecDECLM.create_from_arg_obj(
+        {"pretrained": str(folder), **arguments}, {"batch_size": 1, "device": "cuda:0" if no_gpu() else "cpu"}
+    )
+
+
+def no_gpu() -> bool:
+    return not torch.cuda.is_available()
+
+
+@pytest.fixture(scope="module")
+def dynamic(tiny_artifact_dir: Path) -> DecDECLM:
+    return load(tiny_artifact_dir, selection="dynamic", k_chunk=64)
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("loaded or built before the arguments were checked")
+
+    for step in ("_get_config", "_create_tokenizer", "_create_model"):
+        monkeypatch.setattr(HFLM, step, fail)
+    monkeypatch.setattr(lm_model, "cached_artifact", fail)
+    monkeypatch.setattr(lm_model, "materialize", fail)
+
+
+REFUSED = [
+    ({"k_chunk": 2000}, "k_chunk must be 0..1024, got 2000"),
+    ({"k_chunk": "8/8/16"}, "k_chunk must be one number or four as qkv/o/gate_up/down, got '8/8/16'"),
+    ({"k_chunk": "8/8/16/x"}, "k_chunk must be 0..1024, got 'x'"),
+    ({"selection": "dynamc"}, r"selection must be one of .*, got 'dynamc' \(did you mean 'dynamic'\?\)"),
+    ({"compensate": "some"}, "compensate must be one of all, decode, auto, got 'some'"),
+    ({"seed": -1}, "seed must be 0.*, got -1"),
+    ({"kchunk": 8}, r"got 'kchunk' \(did you mean 'k_chunk'\?\)"),
+    ({"batchsize": 8}, r"got 'batchsize' \(did you mean 'batch_size'\?\)"),
+    ({"load_in_4bit": True}, "model_args must be pretrained, selection, .*, got 'load_in_4bit'"),
+    ({"gptqmodel": True}, "gptqmodel must be absent with --model decdec, got True"),
+    (
+        {"method": "awq", "bits": 3},
+        "plain model where method=awq, bits=3 is given, got the artifact .*llama-awq3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+@pytest.mark.usefixtures("nothing_loads")
+def test_refused_before_loading(tiny_artifact_dir: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DecDECError, match=message) as refused:
+        load(tiny_artifact_dir, **arguments)
+    assert "\n" not in str(refused.value)
+
+
+REFUSED_FOR_A_PLAIN_MODEL = [
+    ({}, "plain model with method=awq, rtn or full: .* is a folder without an artifact"),
+    ({"method": "gptq"}, "method must be one of rtn, awq, full, got 'gptq'"),
+    ({"method": "awq", "bits": 7}, "bits must be one of 2, 3, 4, 5, got 7"),
+    ({"method": "awq", "residual_bits": 3}, "residual_bits must be one of 2, 4, 8, 16, got 3"),
+    ({"method": "awq", "revision": "v2"}, "revision must be absent with method=awq, got 'v2'"),
+    (
+        {"method": "full", "selection": "dynamic"},
+        "selection must be absent with method=full.*, got 'dynamic'",
+    ),
+    ({"method": "full", "bits": 3}, "bits must be absent with method=full.*, got 3"),
+    ({"method": "full", "k_chunk": 8}, "k_chunk must be absent with method=full.*, got 8"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED_FOR_A_PLAIN_MODEL)
+@pytest.mark.usefixtures("nothing_loads")
+def test_plain_model_refused(tiny_model_dir: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DecDECError, match=message):
+        load(tiny_model_dir, **arguments)
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DecDECError, match=r"pretrained must be an artifact folder.*none is no folder here"):
+        load(tmp_path / "none")
+    with pytest.raises(DecDECError, match="pretrained must be an artifact folder or a plain model, got None"):
+        DecDECLM()
+
+
+def test_hflm_arguments_are_known(tiny_artifact_dir: Path, recwarn: pytest.WarningsRecorder) -> None:
+    lm = load(
+        tiny_artifact_dir, max_length=128, dtype="float32", attn_implementation="eager", parallelize=False
+    )
+    assert lm.max_length == 128
+    assert lm.model.dtype == torch.float32
+    assert lm.model.config._attn_implementation == "eager"
+    assert not [warning for warning in recwarn if "quantization_config" in str(warning.message)]
+
+
+def test_the_name_decdec_is_this_class() -> None:
+    plugin.install()
+    assert get_model("decdec") is DecDECLM
+
+
+def test_arguments_of_the_command_line(tiny_artifact_dir: Path) -> None:
+    text = (
+        f"pretrained={tiny_artifact_dir},selection=exact,k_chunk=8/8/16/16,compensate=all,seed=3,device=cpu"
+    )
+    lm = DecDECLM.create_from_arg_string(text)
+    ledger = lm.get_model_info()["decdec"]
+    assert ledger["selection"] == "exact"
+    assert ledger["k_chunk"] == [8, 8, 16, 16]
+    assert (ledger["compensate"], ledger["seed"]) == ("all", 3)
+
+
+def test_ledger(dynamic: DecDECLM) -> None:
+    info = dynamic.get_model_info()
+    ledger = info["decdec"]
+    assert compensation_ledger(dynamic.model).items() <= ledger.items()
+    assert ledger["channels_per_token"] > 0
+    assert len(ledger["artifact_hash"]) == 64
+    assert ledger["bos"]["tok_encode_adds_bos"] is False
+    assert ledger["bos"]["prefix_token_id_of_empty_contexts"] == 257
+    assert ledger["versions"]["torch"] == torch.__version__
+    assert ledger["hardware"]
+    assert info["model_num_parameters"] > 0
+
+
+def test_bos_is_stated_as_it_happens(tiny_artifact_dir: Path) -> None:
+    lm = load(tiny_artifact_dir, add_bos_token=True)
+    bos = lm.get_model_info()["decdec"]["bos"]
+    assert bos["add_bos_token"] is True
+    assert bos["tok_encode_adds_bos"] == (lm.tok_encode(TEXT)[0] == 257)
+    assert bos["first_token_window_starts_with_bos"] == (lm.tokenizer(TEXT).input_ids[0] == 257)
+
+
+def test_selection_changes_the_likelihood(dynamic: DecDECLM, tiny_artifact_dir: Path) -> None:
+    request = requests("loglikelihood_rolling", (TEXT,))
+    none = load(tiny_artifact_dir, selection="none").loglikelihood_rolling(request, disable_tqdm=True)
+    assert dynamic.loglikelihood_rolling(request, disable_tqdm=True) != none
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("loglikelihood", (TEXT, " Yes")),
+        ("loglikelihood_rolling", (TEXT,)),
+        ("token_windows", ("window 0", list(range(16)))),
+    ],
+)
+def test_likelihood_under_decode_is_refused(
+    tiny_artifact_dir: Path, kind: str, arguments: tuple[Any, ...]
+) -> None:
+    lm = load(tiny_artifact_dir, compensate="decode")
+    with pytest.raises(
+        DecDECError, match="compensate must be auto or all for a likelihood request, got 'decode'"
+    ):
+        getattr(lm, kind)(requests(kind, arguments))
+
+
+def test_generation_under_decode(tiny_artifact_dir: Path) -> None:
+    lm = load(tiny_artifact_dir, compensate="decode", k_chunk=8)
+    settings = {"until": ["\n"], "max_gen_toks": 4}
+    (answer,) = lm.generate_until(requests("generate_until", (TEXT, settings)), disable_tqdm=True)
+    assert isinstance(answer, str)
+
+
+def test_response_cache_is_refused(dynamic: DecDECLM, tmp_path: Path) -> None:
+    with pytest.raises(DecDECError, match="use_cache must be off with --model decdec"):
+        CachingLM(dynamic, str(tmp_path / "cache.db"))
+
+
+def test_automatic_batch_size_on_a_cpu(tiny_artifact_dir: Path) -> None:
+    lm = DecDECLM(pretrained=tiny_artifact_dir, device="cpu", batch_size="auto", selection="none")
+    one = load(tiny_artifact_dir, selection="none")
+    both = requests("loglikelihood", (TEXT, " Yes"), (TEXT, " No"))
+    got, wanted = (model.loglikelihood(both, disable_tqdm=True) for model in (lm, one))
+    assert [value for value, _ in got] == pytest.approx([value for value, _ in wanted], rel=1e-5)
+
+
+def test_a_plain_model_is_quantized_once(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DECDEC_CACHE_DIR", str(tmp_path))
+    calibration = tmp_path / "own.txt"
+    calibration.write_text(TEXT * 800, encoding="utf-8")
+    arguments = {"method": "rtn", "bits": 3, "residual_bits": 16, "calibration": str(calibration)}
+    first = load(tiny_model_dir, k_chunk=1024, **arguments)
+    monkeypatch.setattr("decdec_core.build.build_artifact", None)
+    second = load(tiny_model_dir, selection="none", **arguments)
+    assert first.pretrained == second.pretrained
+    assert Path(first.pretrained).is_relative_to(tmp_path)
+    full = load(tiny_model_dir, method="full")
+    request = requests("loglikelihood_rolling", (TEXT,))
+    scores = [lm.loglikelihood_rolling(request, disable_tqdm=True)[0] for lm in (first, full, second)]
+    # every channel of a float16 residual: what is left is float16 rounding of the residual, 5e-4 relative
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    assert abs(scores[2] - scores[1]) > 10 * abs(scores[0] - scores[1])
+
+
+def test_full_is_the_plain_model(tiny_model_dir: Path) -> None:
+    lm = load(tiny_model_dir, method="full")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=lm.model.dtype)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(lm.model(ids).logits, plain(ids).logits)
+    ledger = lm.get_model_info()["decdec"]
+    assert (ledger["method"], ledger["selection"]) == ("full", "none")
+
+
+def test_none_is_the_artifact_without_compensation(tiny_artifact_dir: Path) -> None:
+    lm = load(tiny_artifact_dir, selection="none")
+    model = AutoModelForCausalLM.from_pretrained(tiny_artifact_dir)
+    set_compensation(model, lm.compensation)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(lm.model(ids).logits, model(ids).logits)
+
+
+def fail_with_a_refusal(**environment: str) -> subprocess.CompletedProcess[str]:
+    code = "from decdec_eval.lm_model import DecDECLM; DecDECLM(pretrained='none', selection='dynamic')"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+def test_an_uncaught_refusal_is_one_line() -> None:
+    done = fail_with_a_refusal()
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if "Warning" not in line]
+    assert lines[-1].startswith("decdec: error: pretrained must be")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_whole_trace_on_request() -> None:
+    done = fail_with_a_refusal(DECDEC_TRACEBACK="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
