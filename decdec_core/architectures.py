@@ -30,7 +30,8 @@ class InputGroup:
     All names are relative to the block. `norm` is the norm that makes the input, or `producer` the linear
     layer whose output rows from `first_row` on are the input's channels; with neither, an input scale
     stays in the layer. `inspect` is the module whose output AWQ compares; `attends` says
-    that it mixes tokens. `clip` says whether AWQ clips.
+    that it mixes tokens. `unclipped` are the layers that AWQ does not clip: queries and keys meet in a
+    product, where the error of the one layer alone says too little.
     """
 
     kind: str
@@ -40,7 +41,7 @@ class InputGroup:
     producer: str | None = None
     first_row: int = 0
     attends: bool = False
-    clip: bool = True
+    unclipped: tuple[str, ...] = ()
 
 
 def require_supported(config: Any) -> None:
@@ -63,7 +64,12 @@ def input_groups(config: Any) -> list[InputGroup]:
     value_feeds_o = heads == kv_heads
     return [
         InputGroup(
-            "qkv", _in("self_attn", qkv), "self_attn", norm="input_layernorm", attends=True, clip=False
+            "qkv",
+            _in("self_attn", qkv),
+            "self_attn",
+            norm="input_layernorm",
+            attends=True,
+            unclipped=_in("self_attn", qkv if fused else qkv[:2]),
         ),
         InputGroup(
             "o",

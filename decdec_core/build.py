@@ -138,7 +138,7 @@ def quantized_layers(
         for group in groups:
             for name in group.linears:
                 linear = linear_of(block, name)
-                sample = samples.get(group.kind) if group.clip else None
+                sample = None if name in group.unclipped else samples.get(group.kind)
                 weight, residual = _quantize_linear(linear.weight.data, weight_quant, residual_quant, sample)
                 layer = BuiltLayer(weight, residual, statistics[group.kind], kept.get(group.kind))
                 yield f"{block_name}.{name}", layer

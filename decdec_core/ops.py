@@ -310,7 +310,7 @@ def _load_kernels() -> bool:
     except (_BuildFailedError, OSError) as error:
         warnings.warn(
             "decdec: no compiled kernels, so plain torch serves instead, with the same results but some "
-            f"thirty times slower: {error}",
+            f"twenty times slower: {error}",
             RuntimeWarning,
             stacklevel=4,
         )
