@@ -7,14 +7,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from decdec_core.config import RESIDUAL_BITS, WEIGHT_BITS, WEIGHT_METHODS, DecDECError, suggest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a refused input prints one line to standard error and returns 2."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    options.parser.refuse(unknown)
     try:
         options.run(options)
     except DecDECError as error:
@@ -25,30 +26,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says the nearest option for one that it does not know, in one line."""
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose refusals are one line, with the nearest option for an unknown one."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
-        known = [option for action in self._actions for option in action.option_strings]
-        words = [word for word in message.split() if word.startswith("--")]
-        hint = suggest(words[0].split("=")[0], known) if "unrecognized" in message and words else ""
-        print(f"{self.prog}: error: {message}{hint}", file=sys.stderr)
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
+
+    def refuse(self, unknown: Sequence[str]) -> None:
+        """End the program if there are unknown arguments."""
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], known)}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="decdec", description=__doc__)
-    commands = parser.add_subparsers(title="commands", required=True, parser_class=_Parser)
+    parser = OneLineParser(prog="decdec", description=__doc__)
+    commands = parser.add_subparsers(title="commands", required=True, parser_class=OneLineParser)
     _add_build(commands.add_parser("build", help="quantize a model and store its residuals"))
     verify = commands.add_parser("verify", help="compare every byte of an artifact with its manifest")
     verify.add_argument("directory", type=Path, metavar="DIR")
-    verify.set_defaults(run=_verify)
+    verify.set_defaults(run=_verify, parser=verify)
     dense = commands.add_parser(
         "dequantize", help="write an artifact's low-bit weights as a plain Hugging Face model"
     )
     dense.add_argument("directory", type=Path, metavar="DIR")
     dense.add_argument("--out", type=Path, required=True, metavar="DIR")
-    dense.set_defaults(run=_dequantize)
+    dense.set_defaults(run=_dequantize, parser=dense)
     return parser
 
 
@@ -69,7 +73,7 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("--calibration-sequences", type=int, default=64, metavar="N")
     build.add_argument("--calibration-length", type=int, default=512, metavar="TOKENS")
     build.add_argument("--out", type=Path, required=True, metavar="DIR")
-    build.set_defaults(run=_build)
+    build.set_defaults(run=_build, parser=build)
 
 
 def _build(options: argparse.Namespace) -> None:

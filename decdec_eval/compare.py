@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from decdec_core.artifact import is_artifact, read_manifest
 from decdec_core.build import cached_artifact
+from decdec_core.cli import OneLineParser
 from decdec_core.config import (
     RESIDUAL_BITS,
     WEIGHT_BITS,
@@ -160,7 +161,9 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison; a refused input prints one line to standard error and returns 2."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    parser.refuse(unknown)
     try:
         _compare(options)
     except DecDECError as error:
@@ -183,8 +186,8 @@ def _compare(options: argparse.Namespace) -> None:
     print(write_report(options.out, paths))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m decdec_eval.compare", description=__doc__)
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="python -m decdec_eval.compare", description=__doc__)
     parser.add_argument("--model", required=True, help="a hub id, a folder, a .gguf file, or smollm2")
     parser.add_argument("--method", default="awq", choices=WEIGHT_METHODS)
     parser.add_argument("--bits", type=int, default=3, choices=WEIGHT_BITS)

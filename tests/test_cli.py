@@ -16,6 +16,7 @@ SMALL = ["--calibration", "pydoc", "--calibration-sequences", "2", "--calibratio
 
 def _refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     """Return the one line that a refused command prints."""
+    capsys.readouterr()
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
