@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -29,10 +30,11 @@ def hardware(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of this checkout, with "+" where files differ from it; None outside of one."""
+    """Return the commit of this checkout, with "+" where files differ from it. Outside of a checkout (a
+    copy of the tree sent to another machine) the variable DECDEC_COMMIT says it; None where that is unset."""
     here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():
-        return None
+        return os.environ.get("DECDEC_COMMIT")
     try:
         revision = _git(here, "rev-parse", "--short=12", "HEAD")
         changed = _git(here, "status", "--porcelain", "--untracked-files=no")
