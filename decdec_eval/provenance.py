@@ -13,13 +13,15 @@ import torch
 
 import decdec_core
 
-_PACKAGES = ("torch", "transformers", "lm_eval")
+_PACKAGES = ("transformers", "lm_eval")
 
 
 def versions() -> dict[str, str]:
     """Return the versions of this package, Python and the packages whose version can change a figure."""
     others = {name: version(name) for name in _PACKAGES}
-    return {"decdec_eval": decdec_core.__version__, "python": platform.python_version(), **others}
+    # torch's own word: the package's leaves out whether it was built for CUDA, and for which
+    own = {"decdec_eval": decdec_core.__version__, "python": platform.python_version()}
+    return {**own, "torch": torch.__version__, **others}
 
 
 def hardware(device: torch.device) -> str:
