@@ -1,19 +1,36 @@
 // Argument checks of the ops: one line that says which, wanted and got. They raise ValueError in Python.
+//
+// Messages are joined as strings, never through a stream: a stream that formats a number crashed in an
+// extension built by GCC 13.3 against the torch 2.11 wheel, whose libraries bring their own copies of parts of
+// the C++ library (std::to_string and string concatenation need none of them).
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
 #include <cstring>
+#include <string>
 
 #include "layout.h"
 
 namespace decdec {
 
-#define DECDEC_CHECK(ok, which, wanted, got) TORCH_CHECK_VALUE(ok, which, " must be ", wanted, ", got ", got)
+inline std::string text(const char* words) { return words; }
+inline std::string text(const std::string& words) { return words; }
+inline std::string text(int64_t number) { return std::to_string(number); }
+inline std::string text(at::ScalarType type) { return c10::toString(type); }
+inline std::string text(at::IntArrayRef sizes) {
+  std::string joined;
+  for (const int64_t size : sizes) joined += (joined.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + joined + ")";
+}
+
+// Arguments are evaluated for the message alone, so only where the check fails.
+#define DECDEC_CHECK(ok, which, wanted, got) \
+  TORCH_CHECK_VALUE(ok, text(which) + " must be " + text(wanted) + ", got " + text(got))
 
 inline void check_int(const char* which, int64_t got, int64_t low, int64_t high) {
-  TORCH_CHECK_VALUE(low <= got && got <= high, which, " must be ", low, "..", high, ", got ", got);
+  DECDEC_CHECK(low <= got && got <= high, which, text(low) + ".." + text(high), got);
 }
 
 inline void check_dtype(const char* which, const at::Tensor& got, at::ScalarType wanted) {
@@ -22,8 +39,8 @@ inline void check_dtype(const char* which, const at::Tensor& got, at::ScalarType
 
 // Shape (rows, columns), contiguous.
 inline void check_matrix(const char* which, const at::Tensor& got, int64_t rows, int64_t columns) {
-  TORCH_CHECK_VALUE(got.dim() == 2 && got.size(0) == rows && got.size(1) == columns, which, " must be (", rows,
-                    ", ", columns, "), got ", got.sizes());
+  DECDEC_CHECK(got.dim() == 2 && got.size(0) == rows && got.size(1) == columns, which,
+               text(at::IntArrayRef({rows, columns})), got.sizes());
   DECDEC_CHECK(got.is_contiguous(), which, "contiguous", got.strides());
 }
 

@@ -69,7 +69,7 @@ void compensate(const at::Tensor& x, const at::Tensor& indices, const at::Tensor
   if (indices.numel() == 0 || y.numel() == 0) return;
   const int32_t* first = indices.const_data_ptr<int32_t>();
   const int64_t outside = cpu::first_outside(first, indices.numel(), x.size(1));
-  TORCH_CHECK_VALUE(outside == indices.numel(), "indices must be 0..", x.size(1) - 1, ", got ", first[outside]);
+  DECDEC_CHECK(outside == indices.numel(), "indices", "0.." + text(x.size(1) - 1), int64_t{first[outside]});
 
   const int64_t tokens = x.size(0), count = indices.size(1), out_features = scale.size(0);
   const cpu::Channels channels{first, count, indices.size(0) == tokens ? count : 0};

@@ -62,6 +62,11 @@ ARCHITECTURES = {
 CALIBRATION = CalibrationSetup("pydoc", sequences=4, length=64, awq_sequences=2)
 
 
+def with_checkout_first() -> str:
+    """Return a PYTHONPATH for a child process: this checkout, then what there was."""
+    return os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
+
+
 def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     """Return a random model with outlier channels, as real ones have, and non-zero biases."""
     torch.manual_seed(seed)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from conftest import with_checkout_first
 
 # computes something with each op and reports it with what served
 CHILD = """
@@ -42,7 +41,7 @@ print(json.dumps({
 
 def start(cache: Path, **variables: str) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DECDEC_")}
-    environment |= {"PYTHONPATH": str(ROOT), "DECDEC_BUILD_DIR": str(cache)} | variables
+    environment |= {"PYTHONPATH": with_checkout_first(), "DECDEC_BUILD_DIR": str(cache)} | variables
     return subprocess.Popen(
         [sys.executable, "-c", CHILD],
         env=environment,

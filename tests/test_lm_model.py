@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import with_checkout_first
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
@@ -21,7 +22,6 @@ from decdec_core.model import compensation_ledger, set_compensation
 from decdec_eval import lm_model, plugin
 from decdec_eval.lm_model import DecDECLM
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXT = "The quick brown fox jumps over the lazy dog."
 
 
@@ -244,7 +244,7 @@ def test_none_is_the_artifact_without_compensation(tiny_artifact_dir: Path) -> N
 
 def fail_with_a_refusal(**environment: str) -> subprocess.CompletedProcess[str]:
     code = "from decdec_eval.lm_model import DecDECLM; DecDECLM(pretrained='none', selection='dynamic')"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    env = {**os.environ, "PYTHONPATH": with_checkout_first(), **environment}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas
 import pytest
+from conftest import with_checkout_first
 from lm_eval.api.registry import model_registry
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
@@ -31,7 +32,7 @@ def installed() -> None:
 
 def run(code: str, **environment: str) -> str:
     """Return what `code` prints in a fresh interpreter that sees this checkout."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    env = {**os.environ, "PYTHONPATH": with_checkout_first(), **environment}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -52,7 +53,7 @@ def test_start_up_line_can_be_switched_off(switch: str, count: str) -> None:
     assert line.startswith("import ")
     # in its own process without site's .pth files, where an installed copy would have run already
     code = f"{line}\nimport sys; print(sum(type(f).__name__ == '_AfterImport' for f in sys.meta_path))"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "DECDEC_NO_HOOK": switch}
+    env = {**os.environ, "PYTHONPATH": with_checkout_first(), "DECDEC_NO_HOOK": switch}
     done = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == count, done.stderr
 
