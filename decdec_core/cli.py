@@ -1,15 +1,23 @@
-"""decdec build | verify | dequantize: the command line of the core."""
+"""decdec build | verify | dequantize | bench: the command line of the core."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from decdec_core.config import RESIDUAL_BITS, WEIGHT_BITS, WEIGHT_METHODS, DecDECError, suggest
+from decdec_core.config import (
+    RESIDUAL_BITS,
+    WEIGHT_BITS,
+    WEIGHT_METHODS,
+    Compensation,
+    DecDECError,
+    suggest,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +61,21 @@ def _parser() -> argparse.ArgumentParser:
     dense.add_argument("directory", type=Path, metavar="DIR")
     dense.add_argument("--out", type=Path, required=True, metavar="DIR")
     dense.set_defaults(run=_dequantize, parser=dense)
+    bench = commands.add_parser("bench", help="time an artifact")
+    kinds = bench.add_subparsers(title="what to time", required=True, parser_class=OneLineParser)
+    _add_bench_forward(kinds.add_parser("forward", help="a forward pass under each selection, on the CPU"))
     return parser
+
+
+def _add_bench_forward(forward: argparse.ArgumentParser) -> None:
+    forward.add_argument("directory", type=Path, metavar="DIR")
+    forward.add_argument("--full", metavar="SRC", help="the full-precision model to time beside it")
+    forward.add_argument("--selections", nargs="+", default=["static", "dynamic"], metavar="SELECTION")
+    forward.add_argument("--k-chunk", default="16")
+    forward.add_argument("--tokens", type=int, default=2048)
+    forward.add_argument("--repeats", type=int, default=5)
+    forward.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    forward.set_defaults(run=_bench_forward, parser=forward)
 
 
 def _add_build(build: argparse.ArgumentParser) -> None:
@@ -104,6 +126,18 @@ def _dequantize(options: argparse.Namespace) -> None:
     from decdec_core.dense import write_dense
 
     print(write_dense(options.directory, options.out))
+
+
+def _bench_forward(options: argparse.Namespace) -> None:
+    from decdec_core.bench import forward_times
+
+    compensations = [Compensation(selection, options.k_chunk) for selection in options.selections]
+    rows = forward_times(options.directory, compensations, options.tokens, options.repeats, options.full)
+    for row in rows:
+        label = f"{row['selection']} {row['k_chunk']}".strip()
+        print(f"{label:12} {row['median_s']:8.3f} s   {row['to_none']:5.2f} of none")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
