@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO := demo
 
-.PHONY: env demo test lint results clean
+.PHONY: env demo test lint clean
 
 env: $(VENV)/.installed
 

@@ -19,7 +19,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,10 +77,14 @@ def is_artifact(path: str | Path) -> bool:
         values = json.loads(config.read_text("utf-8"))
     except ValueError:
         return False
-    return (
-        isinstance(values, dict)
-        and (values.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
-    )
+    quantization = values.get("quantization_config") if isinstance(values, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def require_artifact(path: str | Path) -> None:
+    """Raise ArtifactError unless `path` is an artifact's folder."""
+    if not is_artifact(path):
+        raise ArtifactError(f"artifact must be a folder that `decdec build` made, got {path}")
 
 
 def save(
@@ -120,7 +124,7 @@ def save(
         save_file(contents, folder / file, metadata={"format": "pt"})
         for name, tensor in contents.items():
             tensors[name] = {"file": file, **_fingerprint(tensor)}
-    others = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in stored)
+    others = sorted(name for name in _names(folder) if name not in stored)
     files = {name: _sha256_of_file(folder / name) for name in others}
     body = {"format": QUANT_METHOD, "format_version": FORMAT_VERSION, "tensors": tensors, "files": files}
     (folder / MANIFEST).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", "utf-8")
@@ -164,6 +168,7 @@ def _host_tensors(layers: Mapping[str, BuiltLayer]) -> dict[str, Tensor]:
         # layers that read one input share their statistics, which safetensors wants as separate memory
         tensors[f"{name}.calibration.rank_max"] = layer.statistics.rank_max.clone()
         tensors[f"{name}.calibration.mean_square"] = layer.statistics.mean_square.clone()
+        tensors[f"{name}.calibration.mean"] = layer.statistics.mean.clone()
     return tensors
 
 
@@ -179,13 +184,14 @@ def load_host_tensors(
             statistics = ActivationStatistics(
                 file.get_tensor(f"{name}.calibration.rank_max"),
                 file.get_tensor(f"{name}.calibration.mean_square"),
+                file.get_tensor(f"{name}.calibration.mean"),
             )
             loaded[name] = QuantizedResidual(codes, scale, residual_quant), statistics
     return loaded
 
 
 def verify(path: str | Path) -> Manifest:
-    """Return the manifest of the artifact at `path` after comparing every byte with it.
+    """Return the manifest of the artifact at `path` after comparing every tensor and file with it.
 
     Raises ArtifactError: which tensor or file, what the manifest says, what is there.
     """
@@ -196,10 +202,14 @@ def verify(path: str | Path) -> Manifest:
     for name, wanted in manifest.files.items():
         _require_file(folder, name)
         _require_equal(f"{name}: sha256", wanted, _sha256_of_file(folder / name))
+    _refuse_strangers(folder, manifest)
     found: dict[str, dict[str, Any]] = {}
     for file in (MODEL_FILE, RESIDUAL_FILE):
         _require_file(folder, file)
-        found |= _stored_tensors(folder / file)
+        for name, fingerprint in _stored_tensors(folder / file).items():
+            if name in found:
+                raise ArtifactError(f"{folder}: tensor {name} must be in one file, got it in {file} too")
+            found[name] = fingerprint
     for name in sorted(manifest.tensors.keys() | found.keys()):
         if name not in found:
             raise ArtifactError(f"{folder}: tensor {name} must be there, got none")
@@ -224,8 +234,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder / MANIFEST} must be of format {QUANT_METHOD!r}")
     require_format_version(body.get("format_version"))
     tensors, files = body.get("tensors"), body.get("files")
-    if not isinstance(tensors, dict) or not isinstance(files, dict):
-        raise ArtifactError(f"{folder / MANIFEST} must list tensors and files")
+    if not isinstance(tensors, dict) or not isinstance(files, dict) or CONFIG not in files:
+        raise ArtifactError(f"{folder / MANIFEST} must list tensors and files, {CONFIG} among them")
+    for name, entry in tensors.items():
+        if not isinstance(entry, dict):
+            raise ArtifactError(f"{folder / MANIFEST}: {name} must be a tensor's entry, got {entry!r}")
     return Manifest(tensors, files, hashlib.sha256(text).hexdigest())
 
 
@@ -236,8 +249,25 @@ def require_format_version(got: object) -> None:
 
 
 def _require_file(folder: Path, name: str) -> None:
-    if Path(name).name != name or not (folder / name).is_file():
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
         raise ArtifactError(f"{folder}: file {name} must be there, got none")
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the names of the files that belong to an artifact, relative to its folder. Hidden files and
+    Markdown are the user's: nothing reads them."""
+    names = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
+    return [n.as_posix() for n in names if not n.name.startswith(".") and n.suffix != ".md"]
+
+
+def _refuse_strangers(folder: Path, manifest: Manifest) -> None:
+    """Raise ArtifactError for a file that is not in the manifest: a loader might read it (a template, an
+    adapter, other weights)."""
+    known = {MANIFEST, MODEL_FILE, RESIDUAL_FILE, *manifest.files}
+    for name in sorted(_names(folder)):
+        if name not in known:
+            raise ArtifactError(f"{folder}: file {name} must not be there, got one")
 
 
 def _require_equal(which: str, wanted: object, got: object) -> None:

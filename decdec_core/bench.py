@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from decdec_core import hf as _registers_the_quantizer  # noqa: F401
-from decdec_core.artifact import verify
+from decdec_core.artifact import require_artifact
 from decdec_core.config import Compensation, DecDECError, require_int
 from decdec_core.model import set_compensation
 from decdec_core.sources import load_model
@@ -31,7 +31,7 @@ def forward_times(
     """
     require_int("tokens", tokens, 1, 1 << 20)
     require_int("repeats", repeats, 1, 1000)
-    verify(directory)
+    require_artifact(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     full_model = load_model(full) if full is not None else None
     ids = _token_ids(directory, tokens)

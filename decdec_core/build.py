@@ -19,15 +19,16 @@ from decdec_core.calibration import (
     BlockInputs,
     StatisticsAccumulator,
     sequences,
-    watching,
 )
-from decdec_core.config import DecDECError, ResidualQuant, WeightQuant, require_int
+from decdec_core.config import ResidualQuant, WeightQuant, require_int
+from decdec_core.hooks import watching
 from decdec_core.quantize import awq
 from decdec_core.quantize.awq import linear_of
 from decdec_core.quantize.uniform import QuantizedWeight, dequantize, quantize
 from decdec_core.residuals import QuantizedResidual, quantize_residual
 from decdec_core.texts import available_text, load_text
 
+RECIPE_VERSION = 1  # raised by every change after which the same settings build other tensors
 _BATCH = 8  # sequences that go through a block at once
 
 
@@ -63,26 +64,27 @@ def build_artifact(
     weight_quant: WeightQuant,
     residual_quant: ResidualQuant,
     calibration: CalibrationSetup | None = None,
+    shared: bool = False,
 ) -> Path:
     """Build the artifact of `source` (see sources.py) in the folder `out`, and return it.
 
-    Raises DecDECError where `out` exists, or the source or the calibration text cannot be had.
+    shared: as in sources.written_whole. Raises DecDECError where `out` exists or cannot be written, or the
+    source or the calibration text cannot be had.
     """
-    if out.exists():
-        raise DecDECError(f"out must be a folder that does not exist yet, got {out}")
+    sources.require_absent(out)
     setup = calibration or CalibrationSetup()
     dtype = getattr(sources.load_config(source), "dtype", None) or torch.float32
     tokenizer = sources.load_tokenizer(source)
-    name = available_text() if setup.text == "auto" else setup.text
+    name = available_text("calibration") if setup.text == "auto" else setup.text
     text = load_text(name, "calibration")
     token_ids = sequences(tokenizer(text.text, verbose=False).input_ids, setup.sequences, setup.length)
-    model = sources.load_model(source, torch.float32)
-    layers = dict(quantized_layers(model, token_ids, weight_quant, residual_quant, setup.awq_sequences))
     description = {
         "source": source,
         "calibration": {**asdict(setup), "text": text.name, "text_sha256": text.sha256},
     }
-    with sources.written_whole(out) as folder:
+    with sources.written_whole(out, shared) as folder:  # first of all: a folder that cannot be written
+        model = sources.load_model(source, torch.float32)
+        layers = dict(quantized_layers(model, token_ids, weight_quant, residual_quant, setup.awq_sequences))
         artifact.save(folder, model, tokenizer, layers, weight_quant, residual_quant, description, dtype)
     return out
 
@@ -93,11 +95,16 @@ def cached_artifact(
     residual_quant: ResidualQuant,
     calibration: str = "auto",
 ) -> Path:
-    """Return the artifact of `source` from the cache, built first where it is not there yet."""
-    setup = CalibrationSetup(text=available_text() if calibration == "auto" else calibration)
+    """Return the artifact of `source` from the cache, built first where it is not there yet.
+
+    A changed model, calibration text, setting or recipe is another artifact.
+    """
+    setup = CalibrationSetup(text=available_text("calibration") if calibration == "auto" else calibration)
     determining = {
+        "recipe_version": RECIPE_VERSION,
         "format_version": artifact.FORMAT_VERSION,
-        "source": str(Path(source).resolve()) if Path(source).exists() else source,
+        "source": sources.fingerprint(source),
+        "text_sha256": load_text(setup.text, "calibration").sha256,
         "weight": weight_quant.to_dict(),
         "residual": residual_quant.to_dict(),
         "calibration": asdict(setup),
@@ -107,7 +114,7 @@ def cached_artifact(
     name = f"{stem}-{weight_quant.method}{weight_quant.bits}-r{residual_quant.bits}-{key}"
     folder = sources.cache_dir() / "artifacts" / name
     if not folder.is_dir():
-        build_artifact(source, folder, weight_quant, residual_quant, setup)
+        build_artifact(source, folder, weight_quant, residual_quant, setup, shared=True)
     return folder
 
 

@@ -8,8 +8,7 @@ texts --tokenize--> sequences --embedding--> hidden states --block 0--> ... --bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from decdec_core.config import DecDECError
-
-# Llama-like models put huge activations on the first tokens: in the boundaries, but not in the means
-FIRST_TOKENS = 4
+from decdec_core.config import FIRST_TOKENS, DecDECError
 
 
 @dataclass(frozen=True)
@@ -28,11 +24,12 @@ class ActivationStatistics:
     """What one linear layer's input looked like on the calibration text.
 
     rank_max: (in,) float32, for each rank j the largest over tokens of the j-th largest |x|.
-    mean_square: (in,) float32, mean of x**2 per channel, the first tokens of a sequence left out.
+    mean_square, mean: (in,) float32, of x per channel, the first tokens of a sequence left out.
     """
 
     rank_max: Tensor
     mean_square: Tensor
+    mean: Tensor
 
 
 class StatisticsAccumulator:
@@ -41,6 +38,7 @@ class StatisticsAccumulator:
     def __init__(self, in_features: int) -> None:
         self._rank_max = np.zeros(in_features, dtype=np.float32)
         self._square_sum = torch.zeros(in_features, dtype=torch.float64)
+        self._sum = torch.zeros(in_features, dtype=torch.float64)
         self._tokens = 0
 
     def add(self, x: Tensor) -> None:
@@ -49,11 +47,13 @@ class StatisticsAccumulator:
         self._rank_max = np.maximum(self._rank_max, ranked.max(axis=0)[::-1])
         later = x[:, FIRST_TOKENS:].float()
         self._square_sum += later.square().sum((0, 1), dtype=torch.float64).cpu()
+        self._sum += later.sum((0, 1), dtype=torch.float64).cpu()
         self._tokens += later.shape[0] * later.shape[1]
 
     def result(self) -> ActivationStatistics:
-        mean_square = self._square_sum / max(1, self._tokens)
-        return ActivationStatistics(torch.from_numpy(self._rank_max.copy()), mean_square.float())
+        count = max(1, self._tokens)
+        rank_max = torch.from_numpy(self._rank_max.copy())
+        return ActivationStatistics(rank_max, (self._square_sum / count).float(), (self._sum / count).float())
 
 
 def sequences(token_ids: list[int], count: int, length: int) -> Tensor:
@@ -123,32 +123,3 @@ def _block_arguments(
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Within the block, `see(name, x)` gets the input of every call of each of the modules."""
-
-    def watcher(name: str) -> Callable[..., None]:
-        return lambda _module, args: see(name, args[0])
-
-    handles = [module.register_forward_pre_hook(watcher(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def recorded_call(module: nn.Module, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Iterator[None]:
-    """Within the block, the arguments of every call of `module` are appended to `calls`."""
-
-    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
-
-    handle = module.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,8 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a refused input prints one line to standard error and returns 2."""
     options, unknown = _parser().parse_known_args(arguments)
     options.parser.refuse(unknown)
+    return run_command(lambda: options.run(options))
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Return 0 after running `command`, or 2 after printing what it refused as one line."""
     try:
-        options.run(options)
+        command()
     except DecDECError as error:
         if os.environ.get("DECDEC_TRACEBACK"):
             raise

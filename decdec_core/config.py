@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 CHUNK = 1024  # consecutive input channels that share one budget (method.md, "Words")
+# Llama-like models put huge activations on the first tokens of a sequence: they belong into the selection's
+# boundaries, but not into any mean
+FIRST_TOKENS = 4
 SELECTIONS = ("none", "random", "static", "exact", "dynamic")
 COMPENSATE_MODES = ("all", "decode", "auto")
 PROJECTION_KINDS = ("qkv", "o", "gate_up", "down")  # the order of Compensation.k_chunk
@@ -111,9 +114,11 @@ class Compensation(_Config):
     """Which channels are compensated, how many, and for which tokens.
 
     selection: see channels.py. k_chunk: channels per 1024, one number or one each for qkv, o, gate_up
-    and down (a sequence of four, or text such as "8/8/16/16"). compensate: "all" tokens, "decode" for
-    single-token steps only, "auto" for all in a plain forward pass and decode in a pass that is given a
-    key-value cache (which is how generation calls a model). seed: for random selection.
+    and down (a sequence of four, or text such as "8/8/16/16"); 0 where the selection is "none".
+    compensate: "all" tokens of every pass; "decode", only passes of a single token after others in the
+    key-value cache; "auto", all in a pass without such a cache and decode in one that is given it (which is
+    how generation calls a model). Steps of several tokens (speculative decoding) count as prompt, and
+    generation without a cache has no decoding steps. seed: for random selection.
     """
 
     selection: str = "dynamic"
@@ -125,11 +130,12 @@ class Compensation(_Config):
         require_one_of("selection", self.selection, SELECTIONS)
         require_one_of("compensate", self.compensate, COMPENSATE_MODES)
         require_int("seed", self.seed, 0, 2**31 - 1)
-        object.__setattr__(self, "k_chunk", _parse_k_chunk(self.k_chunk))
+        k_chunk = _parse_k_chunk(self.k_chunk)
+        object.__setattr__(self, "k_chunk", (0, 0, 0, 0) if self.selection == "none" else k_chunk)
 
     def k_chunk_of(self, kind: str) -> int:
-        """Return k_chunk of a projection kind; 0 where nothing is selected."""
-        return 0 if self.selection == "none" else self.k_chunk[PROJECTION_KINDS.index(kind)]
+        """Return k_chunk of a projection kind."""
+        return self.k_chunk[PROJECTION_KINDS.index(kind)]
 
     def k_chunk_text(self) -> str:
         """Return "16", or "8/8/16/16" where the kinds differ."""
@@ -140,7 +146,7 @@ class Compensation(_Config):
 def _parse_k_chunk(value: object) -> tuple[int, int, int, int]:
     parts: list[object]
     if isinstance(value, str):
-        parts = [int(p) if p.strip().isdigit() else p for p in value.split("/")]
+        parts = [int(p) if p.strip().isdecimal() else p for p in value.split("/")]
     else:
         parts = list(value) if isinstance(value, (tuple, list)) else [value]
     if len(parts) not in (1, 4):

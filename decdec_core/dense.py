@@ -9,10 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from decdec_core import hf as _registers_the_quantizer  # noqa: F401
-from decdec_core.artifact import verify
-from decdec_core.config import DecDECError
+from decdec_core.artifact import require_artifact
 from decdec_core.model import dec_layers
-from decdec_core.sources import save_plain
+from decdec_core.sources import require_absent, save_plain
 
 
 @torch.no_grad()
@@ -21,9 +20,8 @@ def write_dense(directory: Path, out: Path) -> Path:
 
     Input scales are divided into the weights. Raises DecDECError where `out` exists.
     """
-    if out.exists():
-        raise DecDECError(f"out must be a folder that does not exist yet, got {out}")
-    verify(directory)
+    require_absent(out)
+    require_artifact(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     for name, layer in dec_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")

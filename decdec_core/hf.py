@@ -16,13 +16,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from decdec_core.architectures import require_supported
 from decdec_core.artifact import (
-    CONFIG,
     MANIFEST,
+    MODEL_FILE,
     QUANT_METHOD,
     RESIDUAL_FILE,
     ArtifactError,
     Manifest,
     load_host_tensors,
+    read_manifest,
     require_format_version,
     verify,
 )
@@ -86,18 +87,29 @@ class DecDECQuantizer(HfQuantizer):
 
 def _artifact_folder(model: nn.Module, checkpoint_files: list[str] | None) -> Path:
     """Return the artifact's local folder; from a hub, fetch what transformers itself leaves there."""
-    name = str(model.config.name_or_path)  # type: ignore[union-attr]
-    if not Path(name).is_dir():
-        for file in (MANIFEST, RESIDUAL_FILE, CONFIG):
-            cached_file(name, file)
+    config: Any = model.config
+    name = str(config.name_or_path)
     if not checkpoint_files:
         raise ArtifactError(f"artifact {name} must have weight files, got none")
-    return Path(checkpoint_files[0]).parent
+    found = [Path(file).name for file in checkpoint_files]
+    if found != [MODEL_FILE]:
+        raise ArtifactError(f"artifact {name} must be loaded from {MODEL_FILE}, got {', '.join(found)}")
+    folder = Path(checkpoint_files[0]).parent
+    if not Path(name).is_dir():
+        # CACHE/models--ORG--NAME/snapshots/COMMIT: the rest has to land beside the weights
+        where = {"revision": getattr(config, "_commit_hash", None), "cache_dir": folder.parents[2]}
+        cached_file(name, MANIFEST, **where)
+        for file in (RESIDUAL_FILE, *read_manifest(folder).files):
+            cached_file(name, file, **where)
+    return folder
 
 
 def _require_same_tensors(model: nn.Module, manifest: Manifest) -> None:
     """Raise ArtifactError unless the manifest holds exactly what the model will load."""
-    host_only = (".residual.codes", ".residual.scale", ".calibration.rank_max", ".calibration.mean_square")
+    host_only = (
+        *(".residual.codes", ".residual.scale"),
+        *(".calibration.rank_max", ".calibration.mean_square", ".calibration.mean"),
+    )
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     for layer in manifest.layers():
         for suffix in host_only:

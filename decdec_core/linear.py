@@ -20,12 +20,9 @@ from decdec_core.residuals import QuantizedResidual
 
 @dataclass
 class Scope:
-    """Which tokens of the present forward pass are compensated; one object shared by a model's layers.
+    """Whether the present forward pass is compensated; one object shared by a model's layers."""
 
-    every_token: True for all, False for single-token steps only.
-    """
-
-    every_token: bool = True
+    active: bool = True
 
 
 class DecLinear(nn.Module):
@@ -88,16 +85,12 @@ class DecLinear(nn.Module):
         if self.input_scale is not None:
             x = x / self.input_scale.to(x.dtype)
         y = F.linear(x, self._base_weight(x), None if self.bias is None else self.bias.to(x.dtype))
-        return self._compensated(x, y) if self._compensates(x) else y
-
-    def _compensates(self, x: Tensor) -> bool:
-        single_token = x.dim() < 2 or x.shape[-2] == 1
-        return self.selector is not None and (self.scope.every_token or single_token)
+        return self._compensated(x, y) if self.selector is not None and self.scope.active else y
 
     def _compensated(self, x: Tensor, y: Tensor) -> Tensor:
         assert self.selector is not None
         assert self.residual is not None
-        tokens = x.detach().reshape(-1, self.in_features)
+        tokens = x.reshape(-1, self.in_features).contiguous()
         total = y.reshape(-1, self.out_features).float()
         residual = self.residual
         ops.compensate(
@@ -110,6 +103,10 @@ class DecLinear(nn.Module):
         if self._dense is None or self._dense.dtype != x.dtype or self._dense.device != x.device:
             self._dense = self.dequantize().to(x.dtype)
         return self._dense
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._dense = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._dense = None

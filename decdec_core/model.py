@@ -50,17 +50,22 @@ def attach(model: nn.Module, compensation: Compensation, artifact_hash: str) -> 
     model.decdec = state  # type: ignore[assignment]
     for layer in dec_layers(model).values():
         layer.scope = state.scope
-    model.register_forward_pre_hook(_choose_tokens, with_kwargs=True)
+    # on the inner model, which every way into the outer one passes, and some callers use by itself
+    model.base_model.register_forward_pre_hook(  # type: ignore[union-attr]
+        lambda _model, args, kwargs: _choose_pass(state, args, kwargs), with_kwargs=True
+    )
     set_compensation(model, compensation)
 
 
-def _choose_tokens(model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a forward pass: which tokens it compensates. Generation is the pass that is handed a
-    key-value cache; a likelihood request never is."""
-    state = state_of(model)
+def _choose_pass(state: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward pass: whether it is compensated. Generation is the pass that is handed a key-value
+    cache, which a likelihood request never is; a decoding step is one token after others in that cache."""
     mode = state.compensation.compensate
-    generating = kwargs.get("past_key_values") is not None
-    state.scope.every_token = mode == "all" or (mode == "auto" and not generating)
+    cache = kwargs.get("past_key_values")
+    given = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
+    single = given is not None and given.shape[1] == 1
+    decoding = single and cache is not None and cache.get_seq_length() > 0
+    state.scope.active = mode == "all" or decoding or (mode == "auto" and cache is None)
 
 
 def dec_layers(model: nn.Module) -> dict[str, DecLinear]:

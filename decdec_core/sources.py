@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,42 +28,73 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path, shared: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside `target`, renamed to it when the block ends without an error.
 
-    Whoever comes second with the same target finds it there and throws its own copy away.
+    shared: in a cache, whoever comes second with the same target leaves the first one's there; elsewhere a
+    target that has appeared meanwhile raises DecDECError, as does a place that cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent))
+    temporary = target.parent / f".{target.name}-{secrets.token_hex(4)}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise DecDECError(f"{target} must be in a folder that can be written, got {error}") from None
     try:
         yield temporary
-        temporary.chmod(0o755)
-        try:
+        if not (shared and target.is_dir()):
+            require_absent(target)
             temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_absent(target: Path) -> None:
+    """Raise DecDECError if there is something at `target`, which is to be written."""
+    if target.exists():
+        raise DecDECError(f"out must be a folder that does not exist yet, got {target}")
+
+
+@contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """Turn what transformers says of a model that cannot be had into one line."""
+    try:
+        yield
+    except OSError as error:
+        first = str(error).strip().partition("\n")[0]
+        raise DecDECError(f"model must be one that can be loaded, got {source}: {first}") from None
+
+
 def load_config(source: str) -> Any:
     """Return the transformers config of `source`; an unsupported architecture raises DecDECError."""
-    config = AutoConfig.from_pretrained(_checked(materialize(source)))
+    with _one_line(source):
+        config = AutoConfig.from_pretrained(_checked(materialize(source)))
     require_supported(config)
     return config
 
 
 def load_tokenizer(source: str) -> Any:
     """Return the tokenizer of `source`."""
-    return AutoTokenizer.from_pretrained(_checked(materialize(source)))
+    with _one_line(source):
+        return AutoTokenizer.from_pretrained(_checked(materialize(source)))
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return the full-precision causal language model of `source` in `dtype`, in evaluation mode."""
-    folder = _checked(materialize(source))
-    require_supported(AutoConfig.from_pretrained(folder))
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    load_config(source)
+    with _one_line(source):
+        return AutoModelForCausalLM.from_pretrained(_checked(materialize(source)), dtype=dtype).eval()
+
+
+def fingerprint(source: str) -> dict[str, Any]:
+    """Return what tells this model's weights from others: a hub commit, or the folder's files by name, size
+    and time of change (a .gguf file's cache folder is named by its content)."""
+    name = _checked(materialize(source))
+    folder = Path(name)
+    if not folder.is_dir():
+        return {"hub": name, "commit": getattr(load_config(source), "_commit_hash", None)}
+    states = {p.name: p.stat() for p in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json"))}
+    files = {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+    return {"folder": str(folder.resolve()), "files": files}
 
 
 def materialize(source: str) -> str:
@@ -81,7 +112,7 @@ def materialize(source: str) -> str:
 
 def _checked(source: str) -> str:
     """Return `source` if it can be a model; raise DecDECError for a path that does not exist."""
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).exists()
     if looks_like_path and not (Path(source) / "config.json").is_file():
         raise DecDECError(
             f"model must be a folder with a config.json, a .gguf file or a hub id, got {source}"
@@ -108,10 +139,10 @@ def _from_gguf(path: Path) -> Path:
         return folder
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    return save_plain(loaded, AutoTokenizer.from_pretrained(**where), folder)
+    return save_plain(loaded, AutoTokenizer.from_pretrained(**where), folder, shared=True)
 
 
-def save_plain(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Path:
+def save_plain(model: PreTrainedModel, tokenizer: Any, folder: Path, shared: bool = False) -> Path:
     """Write `model`, whose weights are all plain tensors, to `folder` without its quantization_config.
 
     A model that was loaded quantized refuses to be saved, so a fresh one of its class takes its tensors.
@@ -124,7 +155,7 @@ def save_plain(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Path:
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config
-    with written_whole(folder) as temporary:
+    with written_whole(folder, shared) as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder

@@ -54,15 +54,19 @@ def load_text(name: str, split: str = "test") -> Text:
         )
     if split != "calibration":
         raise DecDECError(f"split must be calibration for a text file, got {split!r} of {name}")
-    return _text(Path(name).name, Path(name).read_text(encoding="utf-8"))
+    try:
+        return _text(Path(name).name, Path(name).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise DecDECError(f"text must be in UTF-8, got {name}: {error}") from None
 
 
-def available_text() -> str:
-    """Return "wikitext2" where $DECDEC_DATA_DIR, the hub's cache or the hub has it, else "pydoc"."""
-    folder = data_dir()
-    if folder is not None:
-        return "wikitext2" if (folder / _WIKITEXT_FOLDER / "test.parquet").is_file() else "pydoc"
-    return "wikitext2" if _cached_file("test") or _hub_refusal("test") is None else "pydoc"
+def available_text(split: str = "test") -> str:
+    """Return "wikitext2" where $DECDEC_DATA_DIR, the hub's cache or the hub has the split, else "pydoc"."""
+    require_one_of("split", split, SPLITS)
+    if _local_files(split):
+        return "wikitext2"
+    upstream = _upstream(split)
+    return "wikitext2" if _cached_file(upstream) or _hub_refusal(upstream) is None else "pydoc"
 
 
 def data_dir() -> Path | None:
@@ -81,20 +85,34 @@ def _text(name: str, text: str) -> Text:
 
 def _wikitext2(split: str) -> Text:
     """Return the split's rows joined by two newlines, as published perplexities do (method.md, section 8)."""
-    folder = data_dir()
-    upstream_split = "train" if split == "calibration" else split
-    name = f"{_WIKITEXT_FOLDER} {upstream_split}"
-    if folder is None:
-        file = _hub_file(upstream_split)
-    else:
-        file = folder / _WIKITEXT_FOLDER / f"{upstream_split}.parquet"
-        if split == "calibration" and not file.is_file():
-            file, name = file.with_name(_TRAIN_HEAD), _TRAIN_HEAD_NAME
-        if not file.is_file():
-            raise DecDECError(f"wikitext2 must have its {split} split in DECDEC_DATA_DIR, got no {file}")
+    local = _local_files(split)
+    file = local[0] if local else _hub_file(split)
+    name = _TRAIN_HEAD_NAME if file.name == _TRAIN_HEAD else f"{_WIKITEXT_FOLDER} {_upstream(split)}"
     import pandas
 
-    return _text(name, "\n\n".join(pandas.read_parquet(file, columns=["text"])["text"]))
+    try:
+        rows = pandas.read_parquet(file, columns=["text"])["text"]
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors
+        first = str(error).partition("\n")[0]
+        raise DecDECError(f"{file} must be a Parquet file with a column text, got: {first}") from None
+    return _text(name, "\n\n".join(rows))
+
+
+def _upstream(split: str) -> str:
+    return "train" if split == "calibration" else split
+
+
+def _local_files(split: str) -> list[Path]:
+    """Return the split's files that $DECDEC_DATA_DIR has, the best first."""
+    folder = data_dir()
+    if folder is None:
+        return []
+    return [file for file in _wanted_files(folder, split) if file.is_file()]
+
+
+def _wanted_files(folder: Path, split: str) -> list[Path]:
+    names = [f"{_upstream(split)}.parquet", *([_TRAIN_HEAD] if split == "calibration" else [])]
+    return [folder / _WIKITEXT_FOLDER / name for name in names]
 
 
 def _name_on_hub(split: str) -> str:
@@ -109,18 +127,21 @@ def _cached_file(split: str) -> Path | None:
 
 
 def _hub_file(split: str) -> Path:
-    cached = _cached_file(split)
+    cached = _cached_file(_upstream(split))
     if cached is not None:
         return cached
-    refusal = _hub_refusal(split)
+    refusal = _hub_refusal(_upstream(split))
     if refusal is not None:
+        folder = data_dir()
+        missing = "not set" if folder is None else f"no {' or '.join(map(str, _wanted_files(folder, split)))}"
         raise DecDECError(
-            "wikitext2 must come from DECDEC_DATA_DIR (not set) or the hub's "
+            f"wikitext2 must come from DECDEC_DATA_DIR ({missing}) or the hub's "
             f"{_WIKITEXT_REPOSITORY}, got no answer from the hub: {refusal}"
         )
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(_WIKITEXT_REPOSITORY, _name_on_hub(split), repo_type="dataset"))
+    name = _name_on_hub(_upstream(split))
+    return Path(hf_hub_download(_WIKITEXT_REPOSITORY, name, repo_type="dataset"))
 
 
 def _hub_refusal(split: str) -> str | None:

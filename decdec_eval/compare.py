@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from decdec_core.artifact import is_artifact, read_manifest
 from decdec_core.build import cached_artifact
-from decdec_core.cli import OneLineParser
+from decdec_core.cli import OneLineParser, run_command
 from decdec_core.config import (
     RESIDUAL_BITS,
     WEIGHT_BITS,
@@ -164,12 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
     parser.refuse(unknown)
-    try:
-        _compare(options)
-    except DecDECError as error:
-        print(f"decdec: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: _compare(options))
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -177,7 +172,7 @@ def _compare(options: argparse.Namespace) -> None:
     require_int("windows", options.windows, 1, 1 << 20)
     if is_artifact(options.model):
         raise DecDECError(f"model must be a full-precision model, got the artifact {options.model}")
-    text = load_text(available_text() if options.text == "auto" else options.text, "test")
+    text = load_text(available_text("test") if options.text == "auto" else options.text, "test")
     weight_quant = WeightQuant(options.method, options.bits, options.group_size)
     residual_quant = ResidualQuant(options.residual_bits)
     folder = cached_artifact(options.model, weight_quant, residual_quant, options.calibration)

@@ -34,9 +34,11 @@ def hardware(device: torch.device) -> str:
 def commit() -> str | None:
     """Return the commit of this checkout, with "+" where files differ from it. Outside of a checkout (a
     copy of the tree sent to another machine) the variable DECDEC_COMMIT says it; None where that is unset."""
+    if os.environ.get("DECDEC_COMMIT"):
+        return os.environ["DECDEC_COMMIT"]
     here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():
-        return os.environ.get("DECDEC_COMMIT")
+        return None
     try:
         revision = _git(here, "rev-parse", "--short=12", "HEAD")
         changed = _git(here, "status", "--porcelain", "--untracked-files=no")

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import pandas as pd
 
+from decdec_core.cli import run_command
 from decdec_core.config import Compensation, DecDECError
 
 matplotlib.use("Agg")
@@ -147,11 +148,12 @@ def describe(runs: Sequence[dict[str, Any]]) -> str:
     """Return the sentence that says what a table is of."""
     run = runs[0]
     task, quantization = run["configuration"]["task"], run["quantization"]
+    windows = "windows" if task["windows"] > 1 else "window"
     weight, residual = quantization["weight"], quantization["residual"]
     return (
         f"{run['configuration']['model']}, {weight['method'].upper()} {weight['bits']}-bit group "
         f"{weight['group_size']}, {residual['bits']}-bit residual; token perplexity on {task['text']}, "
-        f"{task['windows']} windows of {task['window_length']} tokens ± standard error over windows; "
+        f"{task['windows']} {windows} of {task['window_length']} tokens ± standard error over windows; "
         f"measured on {run['environment']['hardware']}; change of mean loss is against none, paired; "
         f"calibrated on {quantization['provenance']['calibration']['text']}"
     )
@@ -191,19 +193,17 @@ def draw(rows: pd.DataFrame, caption: str, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make table and figure of the runs in DIR/runs again."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        if len(given) != 1:
-            raise DecDECError(f"report must be given one folder, got {len(given)} arguments")
-        out = Path(given[0])
-        paths = sorted((out / "runs").glob("*.json"))
-        order = list(_STYLE)
-        runs = {path: read_run(path) for path in paths}
-        paths.sort(key=lambda p: (order.index(_selection(runs[p])), _k_of(runs[p])))
-        print(write_report(out, paths))
-    except DecDECError as error:
-        print(f"decdec: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: _report(given))
+
+
+def _report(given: Sequence[str]) -> None:
+    if len(given) != 1:
+        raise DecDECError(f"report must be given one folder, got {len(given)} arguments")
+    out = Path(given[0])
+    runs = {path: read_run(path) for path in (out / "runs").glob("*.json")}
+    order = list(_STYLE)
+    paths = sorted(runs, key=lambda p: (order.index(_selection(runs[p])), _k_of(runs[p]), p.name))
+    print(write_report(out, paths))
 
 
 def _k_of(run: dict[str, Any]) -> tuple[int, ...]:

@@ -126,6 +126,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         _manifest(lambda m: m["files"].update({"../x": "0"})),  # type: ignore[attr-defined]
         r"file \.\./x must be there",
     ),
+    "manifest without config.json": (
+        _manifest(lambda m: m["files"].pop("config.json")),  # type: ignore[attr-defined]
+        r"must list tensors and files, config.json among them",
+    ),
+    "manifest entry that is none": (
+        _manifest(lambda m: m["tensors"].update(x="y")),  # type: ignore[attr-defined]
+        r"x must be a tensor's entry, got 'y'",
+    ),
+    "a file of somebody else's": (
+        lambda f: (f / "chat_template.jinja").write_text("x"),
+        r"file chat_template.jinja must not be there",
+    ),
+    "a tensor in both files": (
+        _edit("model.safetensors", lambda t: t.update({f"{LAYER}.residual.scale": torch.ones(3)})),
+        r"residual.scale must be in one file",
+    ),
     "a pickle": (lambda f: torch.save({}, f / "model.safetensors"), r"must be a safetensors file"),
 }
 
@@ -143,6 +159,21 @@ def test_damage_is_named_by_verify_and_by_loading(damage: str, copy: Path) -> No
         AutoModelForCausalLM.from_pretrained(copy)
 
 
+def test_weights_beside_the_manifest_are_not_loaded(copy: Path) -> None:
+    altered = load_file(copy / "model.safetensors")
+    altered["model.norm.weight"] *= 5
+    (copy / "model.safetensors").rename(copy / ".kept")
+    save_file(altered, copy / "model.fp16.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"must be loaded from model\.safetensors, got model\.fp16"):
+        AutoModelForCausalLM.from_pretrained(copy, variant="fp16")
+
+
+def test_the_users_own_notes_do_not_matter(copy: Path) -> None:
+    (copy / "README.md").write_text("mine")
+    (copy / ".gitattributes").write_text("*.safetensors filter=lfs")
+    assert verify(copy).tensors
+
+
 def test_another_format_version_in_the_config_is_refused(copy: Path) -> None:
     path = copy / "config.json"
     path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 9'))
@@ -153,8 +184,9 @@ def test_another_format_version_in_the_config_is_refused(copy: Path) -> None:
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     assert not is_artifact(tmp_path)
     assert not is_artifact(tmp_path / "absent")
-    (tmp_path / "config.json").write_text("[]")
-    assert not is_artifact(tmp_path)
+    for config in ("[]", "{", '{"quantization_config": [1]}', '{"quantization_config": null}'):
+        (tmp_path / "config.json").write_text(config)
+        assert not is_artifact(tmp_path)
     with pytest.raises(ArtifactError, match="artifact must be a folder, got"):
         verify(tmp_path / "absent")
     with pytest.raises(ArtifactError, match=r"file manifest\.json must be there"):

@@ -5,8 +5,9 @@ import torch
 from conftest import ARCHITECTURES, tiny_model
 
 from decdec_core.architectures import decoder_blocks
-from decdec_core.calibration import FIRST_TOKENS, BlockInputs, StatisticsAccumulator, sequences, watching
-from decdec_core.config import DecDECError
+from decdec_core.calibration import BlockInputs, StatisticsAccumulator, sequences
+from decdec_core.config import FIRST_TOKENS, DecDECError
+from decdec_core.hooks import watching
 
 
 def test_statistics_over_batches_follow_the_definitions(draw: torch.Generator) -> None:
@@ -20,6 +21,7 @@ def test_statistics_over_batches_follow_the_definitions(draw: torch.Generator) -
     assert torch.equal(found.rank_max, ranked.amax(0))
     later = x[:, FIRST_TOKENS:].reshape(-1, 33)
     assert torch.allclose(found.mean_square, later.square().mean(0), rtol=1e-5)
+    assert torch.allclose(found.mean, later.mean(0), atol=1e-6)
     assert found.mean_square.max() < 5  # the first token stayed out of it
 
 

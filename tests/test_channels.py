@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decdec_core import ops
 from decdec_core.calibration import ActivationStatistics
 from decdec_core.channels import make_selector
 from decdec_core.config import DecDECError, channels_per_chunk, total_channels
@@ -13,7 +12,7 @@ IN = 1536  # chunks of 1024 and 512
 
 def _statistics(x: torch.Tensor) -> ActivationStatistics:
     ranked = x.abs().sort(dim=1, descending=True).values.amax(0)
-    return ActivationStatistics(ranked, x.square().mean(0))
+    return ActivationStatistics(ranked, x.square().mean(0), x.mean(0))
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def test_exact_takes_the_largest_of_each_chunk(x: torch.Tensor) -> None:
 
 def test_static_takes_the_top_of_the_layer_not_of_the_chunk(x: torch.Tensor) -> None:
     mean_square = torch.arange(IN).float()  # the last chunk holds all the large ones
-    selector = make_selector("static", 16, ActivationStatistics(torch.ones(IN), mean_square))
+    selector = make_selector("static", 16, ActivationStatistics(torch.ones(IN), mean_square, torch.zeros(IN)))
     assert selector is not None
     assert selector(x)[0].tolist() == list(range(IN - 24, IN))
 
@@ -84,7 +83,7 @@ def test_random_depends_on_seed_and_token_only(x: torch.Tensor) -> None:
 
 
 def test_boundaries_that_are_not_numbers_are_refused(x: torch.Tensor) -> None:
-    statistics = ActivationStatistics(torch.full((IN,), float("nan")), torch.ones(IN))
+    statistics = ActivationStatistics(torch.full((IN,), float("nan")), torch.ones(IN), torch.ones(IN))
     with pytest.raises(DecDECError, match="boundaries must fall"):
         make_selector("dynamic", 16, statistics)
 
@@ -92,4 +91,3 @@ def test_boundaries_that_are_not_numbers_are_refused(x: torch.Tensor) -> None:
 def test_unknown_selection_is_refused(x: torch.Tensor) -> None:
     with pytest.raises(DecDECError, match="selection must be one of"):
         make_selector("largest", 16, _statistics(x))
-    assert ops.kernel_in_use() in ("compiled", "twin")

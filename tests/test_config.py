@@ -40,10 +40,12 @@ def test_four_numbers_are_qkv_o_gate_up_down() -> None:
     compensation = Compensation(k_chunk="1/2/3/4")
     assert [compensation.k_chunk_of(kind) for kind in ("qkv", "o", "gate_up", "down")] == [1, 2, 3, 4]
     assert compensation.k_chunk_text() == "1/2/3/4"
-    assert Compensation(selection="none", k_chunk="1/2/3/4").k_chunk_of("down") == 0
+    assert Compensation(selection="none", k_chunk="1/2/3/4").k_chunk == (0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("given", [-1, 1025, 2.5, True, "x", "8/8", [8, 8], "8/8/8/2000", None, "-1", ""])
+@pytest.mark.parametrize(
+    "given", [-1, 1025, 2.5, True, "x", "²", "8/8", [8, 8], "8/8/8/2000", None, "-1", ""]
+)
 def test_k_chunk_out_of_range_is_refused(given: object) -> None:
     with pytest.raises(DecDECError, match=r"k_chunk must be .*, got"):
         Compensation(k_chunk=given)

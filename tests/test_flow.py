@@ -9,6 +9,7 @@ import torch
 from conftest import ARCHITECTURES, CALIBRATION, save_tiny
 from transformers import AutoModelForCausalLM
 
+from decdec_core import ops
 from decdec_core.artifact import load_host_tensors, verify
 from decdec_core.build import build_artifact
 from decdec_core.config import Compensation, DecDECError, ResidualQuant, WeightQuant
@@ -102,7 +103,7 @@ def test_auto_compensates_all_of_a_plain_pass_and_the_steps_of_generation(
 
     seen: list[bool] = []
     layer = dec_layers(model)["model.layers.1.mlp.down_proj"]
-    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(m._compensates(args[0])))
+    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(m.scope.active))
     set_compensation(model, Compensation("dynamic", 256, "auto"))
     model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert seen == [False, True, True, True]  # the prompt, then single tokens
@@ -111,6 +112,38 @@ def test_auto_compensates_all_of_a_plain_pass_and_the_steps_of_generation(
     model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert seen == [True] * 4
     handle.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("selection", ["random", "static", "exact", "dynamic"])
+def test_generation_does_not_depend_on_the_batch(selection: str, tiny_artifact_dir: Path) -> None:
+    model = _load(tiny_artifact_dir)
+    set_compensation(model, Compensation(selection, 256, "auto"))
+    prompts = [[65], list(range(70, 90)), [100, 101, 102]]  # one of a single token: prompt all the same
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[256] * (longest - len(p)) + p for p in prompts])
+    mask = (padded != 256).long()
+    how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    together = model.generate(padded, attention_mask=mask, **how)[:, longest:]
+    for prompt, answer in zip(prompts, together, strict=True):
+        alone = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **how)
+        assert answer.tolist() == alone[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def test_new_weights_are_used_and_any_layout_is_taken(tiny_artifact_dir: Path, ids: torch.Tensor) -> None:
+    model = _load(tiny_artifact_dir)
+    before = _logits(model, ids, Compensation("dynamic", 64))
+    state = {
+        name: tensor * 3 if name.endswith(".scales") else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    model.load_state_dict(state)
+    assert not torch.allclose(model(ids).logits, before)
+    layer = dec_layers(model)["model.layers.0.self_attn.q_proj"]
+    wide = torch.randn(2, 3, 2 * layer.in_features)
+    part = wide[..., : layer.in_features]
+    assert torch.equal(layer(part), layer(part.contiguous()))
 
 
 def test_the_ledger_counts_what_is_fetched(tiny_artifact_dir: Path) -> None:
@@ -124,7 +157,9 @@ def test_the_ledger_counts_what_is_fetched(tiny_artifact_dir: Path) -> None:
     assert ledger["artifact_hash"] == verify(tiny_artifact_dir).hash
     assert (ledger["selection"], ledger["compensate"], ledger["seed"]) == ("dynamic", "all", 3)
     assert ledger["k_chunk"] == [16, 32, 64, 128]
-    assert ledger["kernel"] in ("compiled", "twin")
+    assert ledger["kernel"] == ops.kernel_in_use()
+    set_compensation(model, Compensation("none"))
+    assert compensation_ledger(model)["k_chunk"] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -47,9 +47,42 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fail()
     assert list(tmp_path.iterdir()) == []
-    with written_whole(target) as folder:
+    with written_whole(target, shared=True) as folder:
         (folder / "whole").write_text("first")
-        with written_whole(target) as second:  # two at once: the first to finish stays
+        with written_whole(target, shared=True) as second:  # two at once: the first to finish stays
             (second / "whole").write_text("second")
     assert (target / "whole").read_text() == "second"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_target_of_the_user_is_never_taken_for_ours(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+
+    def write_while_it_appears() -> None:
+        with written_whole(target):
+            target.mkdir()
+
+    with pytest.raises(DecDECError, match="out must be a folder that does not exist yet"):
+        write_while_it_appears()
+    assert list(tmp_path.iterdir()) == [target]
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(DecDECError, match="must be in a folder that can be written"),
+        written_whole(tmp_path / "file" / "target"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("source", ["nosuchfolder", "models/no/such", "./absent"])
+def test_what_cannot_be_a_model_is_refused_at_once(source: str) -> None:
+    for load in (load_config, load_tokenizer, load_model):
+        with pytest.raises(DecDECError, match=r"model must be a folder with a config\.json"):
+            load(source)
+
+
+def test_a_hub_that_does_not_have_it_is_one_line() -> None:
+    with pytest.raises(
+        DecDECError, match="model must be one that can be loaded, got no/such-model"
+    ) as caught:
+        load_config("no/such-model")
+    assert "\n" not in str(caught.value)

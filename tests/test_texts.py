@@ -57,9 +57,31 @@ def test_missing_file_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, file: str
 ) -> None:
     monkeypatch.setenv("DECDEC_DATA_DIR", str(tmp_path))
-    with pytest.raises(DecDECError, match=f"{split} split in DECDEC_DATA_DIR, got no .*{file}"):
+    monkeypatch.setattr(texts, "_cached_file", lambda split: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    with pytest.raises(DecDECError, match=f"DECDEC_DATA_DIR .no .*{file}"):
         load_text("wikitext2", split)
-    assert available_text() == "pydoc"
+    assert available_text(split) == "pydoc"
+
+
+def test_each_split_is_asked_for_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DECDEC_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(texts, "_cached_file", lambda split: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    write_rows(tmp_path, "test.parquet", ["a"])
+    assert (available_text("test"), available_text("calibration")) == ("wikitext2", "pydoc")
+
+
+def test_damaged_texts_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DecDECError, match="text must be in UTF-8, got"):
+        load_text(str(tmp_path / "own.txt"), "calibration")
+    (tmp_path / "wikitext-2-raw-v1").mkdir()
+    (tmp_path / "wikitext-2-raw-v1" / "test.parquet").write_bytes(b"PAR1 no PAR1")
+    monkeypatch.setenv("DECDEC_DATA_DIR", str(tmp_path))
+    with pytest.raises(DecDECError, match="must be a Parquet file with a column text") as caught:
+        load_text("wikitext2", "test")
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_data_dir_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

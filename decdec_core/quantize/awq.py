@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decdec_core.architectures import InputGroup
-from decdec_core.calibration import recorded_call, watching
-from decdec_core.config import WeightQuant, groups_of
+from decdec_core.config import FIRST_TOKENS, WeightQuant, groups_of
+from decdec_core.hooks import recorded_call, watching
 from decdec_core.quantize.uniform import round_trip, round_trip_groups
 
 ALPHA_STEPS = 20
@@ -48,7 +48,8 @@ class Sample:
             run()
 
     def _see(self, kind: str, x: Tensor) -> None:
-        self._inputs[kind].append(x.reshape(-1, x.shape[-1]).float())
+        later = x[:, FIRST_TOKENS:]  # as in every mean: the huge first tokens would decide alone
+        self._inputs[kind].append(later.reshape(-1, x.shape[-1]).float())
 
     def inputs(self, kind: str) -> Tensor:
         """Return the group's input (tokens, in) float32."""
