@@ -11,9 +11,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 CHUNK = 1024  # consecutive input channels that share one budget (method.md, "Words")
-# Llama-like models put huge activations on the first tokens of a sequence: they belong into the selection's
-# boundaries, but not into any mean
-FIRST_TOKENS = 4
 SELECTIONS = ("none", "random", "static", "exact", "dynamic")
 COMPENSATE_MODES = ("all", "decode", "auto")
 PROJECTION_KINDS = ("qkv", "o", "gate_up", "down")  # the order of Compensation.k_chunk

@@ -25,6 +25,7 @@ def with_model(arguments: Sequence[str]) -> list[str]:
 def main() -> None:
     """Run lm-eval's command line on sys.argv."""
     plugin.install()
+    plugin.one_line_errors()
     sys.argv = ["lm_eval", *with_model(sys.argv[1:])]
     from lm_eval.__main__ import cli_evaluate
 

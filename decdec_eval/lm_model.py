@@ -6,17 +6,16 @@ lm_eval --model decdec --model_args pretrained=DIR,selection=dynamic,k_chunk=16 
 from __future__ import annotations
 
 import inspect
-import os
-import sys
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import simple_parse_args_string
 
 from decdec_core.artifact import is_artifact
 from decdec_core.build import cached_artifact
@@ -41,18 +40,17 @@ _QUANTIZATION = ("method", "bits", "group_size", "residual_bits", "calibration")
 # arguments of from_pretrained that HFLM hands through unnamed
 _FROM_PRETRAINED = (
     "attn_implementation",
-    "cache_dir",
     "device_map",
     "local_files_only",
     "low_cpu_mem_usage",
     "max_memory",
     "offload_buffers",
     "offload_state_dict",
-    "token",
-    "use_safetensors",
-    "variant",
 )
 _OTHER_LOADERS = ("autogptq", "delta", "gguf_file", "gptqmodel")  # of HFLM; an artifact is loaded one way
+_PLACED_BY_OTHERS = ("device_map", "parallelize", "tp_plan")  # arguments that override `device`
+_LIKELIHOOD = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", TOKEN_WINDOWS)
+_log = logging.getLogger(__name__)
 
 
 class DecDECLM(HFLM):
@@ -69,16 +67,39 @@ class DecDECLM(HFLM):
     def __init__(self, pretrained: str | Path | None = None, device: str = "cuda", **arguments: Any) -> None:
         _refuse_unknown(arguments)
         chosen = {name: arguments.pop(name) for name in _COMPENSATION if name in arguments}
+        if "selection" in chosen and chosen["selection"] is None:
+            chosen["selection"] = "none"  # lm-eval's parser makes None of the word
         recipe = {name: arguments.pop(name) for name in _QUANTIZATION if name in arguments}
         self._quantized = recipe.get("method") != FULL
         if not self._quantized:
             _refuse_with_full({**chosen, **recipe})
             chosen["selection"] = "none"
         self.compensation = Compensation(**chosen)
+        device = _usable(str(device), arguments, self.compensation.selection)
         folder = _resolve(pretrained, recipe, arguments)
-        super().__init__(pretrained=folder, device=_present(device), **arguments)
+        try:
+            super().__init__(pretrained=folder, device=device, **arguments)
+        except OSError as error:  # transformers' word for a model that is not there, in several lines
+            first = str(error).strip().partition("\n")[0]
+            raise DecDECError(f"pretrained must be one that can be loaded, got {folder}: {first}") from error
         if self._quantized:
             set_compensation(self.model, self.compensation)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> Self:
+        """Return the model of lm-eval's command line; what stands in --model_args comes before its options.
+
+        lm-eval's own would pass `device` and `batch_size` twice where --model_args names them.
+        """
+        options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**options, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
+        """Return the model of "name=value,...", which comes before `additional_config`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
@@ -87,21 +108,26 @@ class DecDECLM(HFLM):
             super()._create_model(*args, **kwargs)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self._refuse_uncompensated_likelihood()
+        self.refuse_uncompensated(("loglikelihood",))
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        self._refuse_uncompensated_likelihood()
+        self.refuse_uncompensated(("loglikelihood_rolling",))
         return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
     def token_windows(self, requests: Sequence[Instance]) -> list[float]:
         """Return the mean next-token loss, in nats, of each request's window of token ids."""
-        self._refuse_uncompensated_likelihood()
+        self.refuse_uncompensated((TOKEN_WINDOWS,))
         return token_windows(self, requests)
 
-    def _refuse_uncompensated_likelihood(self) -> None:
+    def refuse_uncompensated(self, output_types: Iterable[str]) -> None:
+        """Raise DecDECError if one of the tasks' output types would be scored without compensation.
+
+        The plugin asks before lm-eval's evaluator runs any request, the methods here when one comes.
+        """
         compensation = self.compensation
-        if compensation.compensate == "decode" and compensation.selection != "none":
+        decode = compensation.compensate == "decode" and compensation.selection != "none"
+        if decode and not set(_LIKELIHOOD).isdisjoint(output_types):
             raise DecDECError(
                 "compensate must be auto or all for a likelihood request, got 'decode': "
                 "every token of it is prompt, so the uncompensated baseline would be scored"
@@ -198,9 +224,10 @@ def _resolve(pretrained: str | Path | None, recipe: Mapping[str, Any], others: M
         return str(Path(source).resolve())
     method = recipe.get("method")
     if method is None:
-        what = "a folder without an artifact" if Path(source).is_dir() else "no folder here"
+        no_artifact = "a folder without an artifact"
+        what = no_artifact if Path(source).is_dir() else "no folder here, and none is fetched from a hub"
         raise DecDECError(
-            "pretrained must be an artifact folder, or a plain model with method=awq, rtn or full: "
+            "pretrained must be an artifact's local folder, or a plain model with method=awq, rtn or full: "
             f"{source} is {what}"
         )
     require_one_of("method", method, (*WEIGHT_METHODS, FULL))
@@ -218,22 +245,24 @@ def _resolve(pretrained: str | Path | None, recipe: Mapping[str, Any], others: M
     return str(cached_artifact(source, WeightQuant(**weight), residual, calibration).resolve())
 
 
-def _present(device: str) -> str:
-    """Return `device`, or "cpu" for a GPU that is not there: lm-eval's command line asks for one anyway."""
-    return "cpu" if str(device).startswith("cuda") and not torch.cuda.is_available() else device
+def _usable(device: str, others: Mapping[str, Any], selection: str) -> str:
+    """Return `device`, or "cpu" for a GPU that is not there or that has no kernels for `selection`.
 
-
-def _one_line_errors(otherwise: Callable[..., object]) -> Callable[..., None]:
-    """Return an excepthook that prints an uncaught DecDECError as one line; the exit code stays 1."""
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, DecDECError) and os.environ.get("DECDEC_TRACEBACK") != "1":
-            print(f"decdec: error: {error}", file=sys.stderr)
-        else:
-            otherwise(kind, error, trace)
-
-    return hook
-
-
-# lm-eval's command line knows nothing of DecDECError: without this a refused argument ends in a traceback
-sys.excepthook = _one_line_errors(sys.excepthook)
+    lm-eval's command line asks for a GPU even where nobody did, so a refusal would be of its default.
+    """
+    gpu = torch.cuda.is_available()
+    if device.startswith("cuda") and not gpu:
+        return "cpu"
+    if selection == "none":
+        return device
+    for name in _PLACED_BY_OTHERS if gpu else ():
+        if others.get(name) not in (None, False, "cpu"):
+            raise DecDECError(
+                f"{name} must be absent with selection={selection}, which has kernels for the CPU alone, "
+                f"got {others[name]!r}"
+            )
+    if device != "cpu":
+        _log.warning(
+            "decdec: selection=%s has kernels for the CPU alone: cpu is used, not %s", selection, device
+        )
+    return "cpu"

@@ -1,13 +1,15 @@
 """Makes lm-eval find the model type `decdec`, its tasks and local data, without changing a file of it.
 
 A line in decdec_eval_hook.pth calls install() at interpreter start, so this module imports nothing that
-costs time: it waits for four modules of lm-eval to be imported and then adds
+costs time: it waits for these modules of lm-eval to be imported and then adds
 
     lm_eval.models              the name "decdec", as a string target that nothing has loaded yet
     lm_eval.models.huggingface  transformers' quantizer "decdec": without it, `--model hf` would load an
                                 artifact as random weights
     lm_eval.tasks.manager       this package's tasks folder
     lm_eval.api.task            data sets read from $DECDEC_DATA_DIR instead of the hub
+    lm_eval.evaluator           a refusal of tasks that the model cannot score, before hours of others
+    lm_eval._cli                refused arguments as one line
 
 Where a version of lm-eval lacks what is to be extended, it stays as it is and a warning says what is lost.
 """
@@ -19,9 +21,9 @@ import sys
 
 TYPE_CHECKING = False  # typing's own costs 10 ms to import
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from importlib.machinery import ModuleSpec
-    from types import ModuleType
+    from types import ModuleType, TracebackType
     from typing import Any
 
 MODEL_NAME = "decdec"
@@ -195,9 +197,66 @@ def _local_files(path: str | None, name: str | None) -> dict[str, str] | None:
     }
 
 
+def _refuse_before_requests(evaluator: ModuleType) -> None:
+    import functools
+    import inspect
+
+    original = evaluator.evaluate
+    if getattr(original, "_decdec", False):
+        return
+    signature = inspect.signature(original)
+    signature.parameters["lm"], signature.parameters["task_dict"]
+
+    @functools.wraps(original)
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        refuse = getattr(type(call.arguments["lm"]), "refuse_uncompensated", None)
+        if refuse is not None:
+            refuse(call.arguments["lm"], set(_output_types(call.arguments["task_dict"])))
+        return original(*args, **kwargs)
+
+    evaluate._decdec = True  # type: ignore[attr-defined]
+    evaluator.evaluate = evaluate
+
+
+def _output_types(tasks: object) -> Iterator[str]:
+    """Yield the output type of every task in `tasks`, however nested; what else is there yields nothing."""
+    if isinstance(tasks, dict):
+        tasks = list(tasks.values())
+    if isinstance(tasks, (list, tuple)):
+        for task in tasks:
+            yield from _output_types(task)
+    elif isinstance(kind := getattr(tasks, "OUTPUT_TYPE", None), str):
+        yield kind
+
+
+def one_line_errors() -> None:
+    """Make an uncaught DecDECError one line on standard error; the exit code stays 1. Safe to call twice.
+
+    For a program's start only: a library that replaced its user's excepthook would be rude.
+    """
+    otherwise = sys.excepthook
+    if getattr(otherwise, "_decdec", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # not imported here: an error of this type can only come from where it has been
+        config = sys.modules.get("decdec_core.config")
+        refused = config is not None and isinstance(error, config.DecDECError)
+        if refused and not os.environ.get("DECDEC_TRACEBACK"):
+            print(f"decdec: error: {error}", file=sys.stderr)
+        else:
+            otherwise(kind, error, trace)
+
+    hook._decdec = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
+
+
 _EXTENSIONS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "lm_eval.models": ("--model decdec", _register_model),
     "lm_eval.models.huggingface": ("loading an artifact with --model hf", _register_quantizer),
     "lm_eval.tasks.manager": ("finding decdec's tasks without --include_path", _find_tasks),
     "lm_eval.api.task": ("reading data sets from DECDEC_DATA_DIR", _read_local_data),
+    "lm_eval.evaluator": ("refusing likelihood tasks before other requests run", _refuse_before_requests),
+    "lm_eval._cli": ("refusing arguments in one line", lambda _cli: one_line_errors()),
 }

@@ -5,8 +5,8 @@ import torch
 from conftest import ARCHITECTURES, tiny_model
 
 from decdec_core.architectures import decoder_blocks
-from decdec_core.calibration import BlockInputs, StatisticsAccumulator, sequences
-from decdec_core.config import FIRST_TOKENS, DecDECError
+from decdec_core.calibration import FIRST_TOKENS, BlockInputs, StatisticsAccumulator, sequences
+from decdec_core.config import DecDECError
 from decdec_core.hooks import watching
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import with_checkout_first
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
@@ -67,6 +64,10 @@ REFUSED = [
     ({"batchsize": 8}, r"got 'batchsize' \(did you mean 'batch_size'\?\)"),
     ({"load_in_4bit": True}, "model_args must be pretrained, selection, .*, got 'load_in_4bit'"),
     ({"gptqmodel": True}, "gptqmodel must be absent with --model decdec, got True"),
+    *[
+        ({name: "x"}, f"model_args must be pretrained, .*, got '{name}'")
+        for name in ("variant", "use_safetensors", "cache_dir", "token")
+    ],
     (
         {"method": "awq", "bits": 3},
         "plain model where method=awq, bits=3 is given, got the artifact .*llama-awq3",
@@ -106,10 +107,92 @@ def test_plain_model_refused(tiny_model_dir: Path, arguments: dict[str, Any], me
 
 @pytest.mark.usefixtures("nothing_loads")
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DecDECError, match=r"pretrained must be an artifact folder.*none is no folder here"):
+    with pytest.raises(DecDECError, match=r"an artifact's local folder.*none is no folder here"):
         load(tmp_path / "none")
+    with pytest.raises(DecDECError, match=r"local folder.*someone/artifact is no folder.*none is fetched"):
+        load(Path("someone/artifact"))
     with pytest.raises(DecDECError, match="pretrained must be an artifact folder or a plain model, got None"):
         DecDECLM()
+
+
+@pytest.mark.parametrize("method", ["awq", "full"])
+@pytest.mark.parametrize("source", ["./absent", "someone/absent"])
+def test_a_missing_plain_model_is_one_line(source: str, method: str) -> None:
+    with pytest.raises(DecDECError, match=f"must be .*, got {source}") as refused:
+        DecDECLM(source, device="cpu", method=method)
+    assert "\n" not in str(refused.value)
+
+
+class LoadedError(Exception):
+    """HFLM was asked to load. device: where to."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU as far as anybody asks, and loading that ends with LoadedError."""
+
+    def load_nothing(self: HFLM, pretrained: str, device: str, **_arguments: Any) -> None:
+        raise LoadedError(device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(HFLM, "__init__", load_nothing)
+    known = ("backend", "batch_size", "device", "parallelize", "revision", "tp_plan")
+    monkeypatch.setattr(lm_model, "_FROM_PRETRAINED", (*lm_model._FROM_PRETRAINED, *known))
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_selection_runs_on_the_cpu_beside_a_gpu(
+    tiny_artifact_dir: Path, caplog: pytest.LogCaptureFixture, device: str
+) -> None:
+    with caplog.at_level(logging.WARNING), pytest.raises(LoadedError) as loaded:
+        DecDECLM(tiny_artifact_dir, device=device, selection="exact")
+    assert loaded.value.device == "cpu"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"decdec: selection=exact has kernels for the CPU alone: cpu is used, not {device}"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_without_a_selection_the_gpu_is_used(
+    tiny_artifact_dir: Path, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder, arguments in (
+        (tiny_artifact_dir, {"selection": "none"}),
+        (tiny_model_dir, {"method": "full"}),
+    ):
+        with pytest.raises(LoadedError) as loaded:
+            DecDECLM(folder, device="cuda:0", parallelize=True, **arguments)
+        assert loaded.value.device == "cuda:0"
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("arguments", [{"parallelize": True}, {"device_map": "auto"}, {"tp_plan": "auto"}])
+def test_nobody_else_places_a_selection_on_a_gpu(
+    tiny_model_dir: Path, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_model, "cached_artifact", None)
+    with pytest.raises(DecDECError, match=f"{next(iter(arguments))} must be absent with selection=dynamic"):
+        DecDECLM(tiny_model_dir, method="awq", **arguments)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(no_gpu(), reason="needs a CUDA device")
+def test_on_a_gpu(tiny_artifact_dir: Path) -> None:
+    request = requests("loglikelihood_rolling", (TEXT,))
+    options = {"batch_size": 1, "device": "cuda:0"}
+    scores = {}
+    for selection, device in (("dynamic", "cpu"), ("none", "cuda")):
+        text = f"pretrained={tiny_artifact_dir},selection={selection}"
+        lm = DecDECLM.create_from_arg_string(text, options)
+        assert lm.model.device.type == device
+        scores[selection] = lm.loglikelihood_rolling(request, disable_tqdm=True)
+    here = load(tiny_artifact_dir, selection="none").loglikelihood_rolling(request, disable_tqdm=True)
+    assert scores["none"] == pytest.approx(here, rel=1e-3)
+    assert scores["dynamic"] != pytest.approx(here, rel=1e-3)
 
 
 def test_hflm_arguments_are_known(tiny_artifact_dir: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -138,6 +221,23 @@ def test_arguments_of_the_command_line(tiny_artifact_dir: Path) -> None:
     assert (ledger["compensate"], ledger["seed"]) == ("all", 3)
 
 
+@pytest.mark.parametrize("word", ["none", "None"])
+def test_the_word_none_is_a_selection(tiny_artifact_dir: Path, word: str) -> None:
+    lm = DecDECLM.create_from_arg_string(f"pretrained={tiny_artifact_dir},selection={word},device=cpu")
+    assert lm.get_model_info()["decdec"]["selection"] == "none"
+
+
+def test_model_args_come_before_options(tiny_artifact_dir: Path) -> None:
+    options = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
+    text = f"pretrained={tiny_artifact_dir},selection=none,device=cpu,batch_size=2"
+    given = {"pretrained": str(tiny_artifact_dir), "selection": "none", "device": "cpu", "batch_size": 2}
+    for lm in (
+        DecDECLM.create_from_arg_string(text, options),
+        DecDECLM.create_from_arg_obj(given, options),
+    ):
+        assert (lm.device.type, lm.batch_size) == ("cpu", 2)
+
+
 def test_ledger(dynamic: DecDECLM) -> None:
     info = dynamic.get_model_info()
     ledger = info["decdec"]
@@ -148,15 +248,12 @@ def test_ledger(dynamic: DecDECLM) -> None:
     assert ledger["bos"]["prefix_token_id_of_empty_contexts"] == 257
     assert ledger["versions"]["torch"] == torch.__version__
     assert ledger["hardware"]
-    assert info["model_num_parameters"] > 0
+    assert info["model_num_parameters"] == dynamic.model.num_parameters()
 
 
 def test_bos_is_stated_as_it_happens(tiny_artifact_dir: Path) -> None:
     lm = load(tiny_artifact_dir, add_bos_token=True)
-    bos = lm.get_model_info()["decdec"]["bos"]
-    assert bos["add_bos_token"] is True
-    assert bos["tok_encode_adds_bos"] == (lm.tok_encode(TEXT)[0] == 257)
-    assert bos["first_token_window_starts_with_bos"] == (lm.tokenizer(TEXT).input_ids[0] == 257)
+    assert lm.get_model_info()["decdec"]["bos"] == BOSPLACE
 
 
 def test_selection_changes_the_likelihood(dynamic: DecDECLM, tiny_artifact_dir: Path) -> None:
@@ -183,11 +280,30 @@ def test_likelihood_under_decode_is_refused(
         getattr(lm, kind)(requests(kind, arguments))
 
 
+def answers(lm: DecDECLM, *prompts: str) -> list[str]:
+    asked = requests("generate_until", *((prompt, {"until": [], "max_gen_toks": 24}) for prompt in prompts))
+    return lm.generate_until(asked, disable_tqdm=True)
+
+
 def test_generation_under_decode(tiny_artifact_dir: Path) -> None:
-    lm = load(tiny_artifact_dir, compensate="decode", k_chunk=8)
-    settings = {"until": ["\n"], "max_gen_toks": 4}
-    (answer,) = lm.generate_until(requests("generate_until", (TEXT, settings)), disable_tqdm=True)
-    assert isinstance(answer, str)
+    def under(**compensation: Any) -> list[str]:
+        return answers(load(tiny_artifact_dir, k_chunk=256, **compensation), TEXT, TEXT[:9])
+
+    decode = under(compensate="decode", selection="exact")
+    assert decode == under(compensate="auto", selection="exact")
+    assert decode != under(selection="none")
+    assert decode != under(compensate="all", selection="exact")
+
+
+@pytest.mark.parametrize("selection", ["static", "exact", "dynamic"])
+def test_answers_do_not_depend_on_the_batch(tiny_artifact_dir: Path, selection: str) -> None:
+    prompts = ("T", TEXT, TEXT[:7], "Th")
+    alone, together = (
+        DecDECLM(tiny_artifact_dir, device="cpu", selection=selection, k_chunk=64, batch_size=size)
+        for size in (1, 3)
+    )
+    assert alone.tok_encode(prompts[0]) == [ord("T") - 33]
+    assert answers(alone, *prompts) == answers(together, *prompts)
 
 
 def test_response_cache_is_refused(dynamic: DecDECLM, tmp_path: Path) -> None:
@@ -240,23 +356,3 @@ def test_none_is_the_artifact_without_compensation(tiny_artifact_dir: Path) -> N
     ids = torch.arange(40)[None]
     with torch.no_grad():
         assert torch.equal(lm.model(ids).logits, model(ids).logits)
-
-
-def fail_with_a_refusal(**environment: str) -> subprocess.CompletedProcess[str]:
-    code = "from decdec_eval.lm_model import DecDECLM; DecDECLM(pretrained='none', selection='dynamic')"
-    env = {**os.environ, "PYTHONPATH": with_checkout_first(), **environment}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-
-
-def test_an_uncaught_refusal_is_one_line() -> None:
-    done = fail_with_a_refusal()
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if "Warning" not in line]
-    assert lines[-1].startswith("decdec: error: pretrained must be")
-    assert "Traceback" not in done.stderr
-
-
-def test_the_whole_trace_on_request() -> None:
-    done = fail_with_a_refusal(DECDEC_TRACEBACK="1")
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr

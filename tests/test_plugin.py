@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -58,6 +59,112 @@ def test_start_up_line_can_be_switched_off(switch: str, count: str) -> None:
     assert done.stdout.strip() == count, done.stderr
 
 
+@pytest.fixture
+def started(tmp_path: Path) -> dict[str, str]:
+    """The environment of an interpreter that runs the start-up line, as one with the wheel installed does."""
+    (tmp_path / "sitecustomize.py").write_text((ROOT / "decdec_eval_hook.pth").read_text("utf-8"), "utf-8")
+    path = os.pathsep.join([str(tmp_path), with_checkout_first()])
+    return {**os.environ, "PYTHONPATH": path, "DECDEC_TRACEBACK": ""}
+
+
+SCRIPT = str(Path(sysconfig.get_path("scripts")) / "lm_eval")
+REFUSED = ["--model", "decdec", "--model_args", "pretrained=absent", "--tasks", "wikitext"]
+
+
+def refused(command: list[str], environment: dict[str, str]) -> str:
+    """Return the standard error of a command that asks for an artifact that is not there."""
+    done = subprocess.run([*command, *REFUSED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    return done.stderr.rstrip()
+
+
+@pytest.mark.parametrize("command", [[SCRIPT], [sys.executable, "-m", "lm_eval"]])
+def test_a_refusal_on_the_command_line_is_one_line(command: list[str], started: dict[str, str]) -> None:
+    error = refused(command, started)
+    assert error.splitlines()[-1].startswith("decdec: error: pretrained must be an artifact's local folder")
+    assert "Traceback" not in error
+
+
+def test_the_whole_trace_on_request(started: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "decdec_eval"]
+    error = refused(command, {**started, "DECDEC_TRACEBACK": "yes"})
+    assert "Traceback" in error
+    assert error.splitlines()[-1].startswith("decdec_core.config.DecDECError: pretrained must be")
+
+
+def test_a_library_keeps_its_users_excepthook() -> None:
+    code = (
+        "import sys; hook = sys.excepthook; import decdec_eval.plugin as p; p.install();"
+        "import lm_eval.evaluator, decdec_eval.lm_model; print(sys.excepthook is hook)"
+    )
+    assert run(code) == "True"
+
+
+@pytest.mark.parametrize("trace", ["", "1"])
+def test_other_errors_stay_whole(trace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, _error, _trace: shown.append(kind))
+    monkeypatch.setenv("DECDEC_TRACEBACK", trace)
+    plugin.one_line_errors()
+    plugin.one_line_errors()
+    for error in (DecDECError("refused"), ValueError("other")):
+        sys.excepthook(type(error), error, None)
+    assert shown == ([DecDECError, ValueError] if trace else [ValueError])
+
+
+class Likelihood:
+    """A model that refuses one output type, and evaluate()'s record of who was asked."""
+
+    def refuse_uncompensated(self, output_types: set[str]) -> None:
+        if "multiple_choice" in output_types:
+            raise DecDECError("refused")
+
+
+def evaluator(ran: list[object]) -> ModuleType:
+    module = ModuleType("lm_eval.evaluator")
+
+    def evaluate(lm: object, task_dict: object, limit: int | None = None) -> int | None:
+        ran.append(task_dict)
+        return limit
+
+    module.evaluate = evaluate  # type: ignore[attr-defined]
+    plugin._extend(module)
+    return module
+
+
+GENERATES, CHOOSES = (
+    SimpleNamespace(OUTPUT_TYPE="generate_until"),
+    SimpleNamespace(OUTPUT_TYPE="multiple_choice"),
+)
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        {"tasks": {"a": GENERATES, "b": CHOOSES}, "groups": {}, "group_map": {"g": ["a", "b"]}},
+        {"a": GENERATES, "group": {"inner": {"b": CHOOSES}}},
+        {"group": (None, {"b": CHOOSES})},
+    ],
+)
+def test_tasks_are_refused_before_any_request(tasks: dict[str, Any]) -> None:
+    ran: list[object] = []
+    module = evaluator(ran)
+    with pytest.raises(DecDECError, match="refused"):
+        module.evaluate(lm=Likelihood(), task_dict=tasks)
+    assert ran == []
+    assert module.evaluate(object(), tasks, limit=3) == 3
+    assert ran == [tasks]
+
+
+@pytest.mark.parametrize(
+    "tasks", [{"a": GENERATES}, {"a": 5, 6: None}, None, {"a": SimpleNamespace(OUTPUT_TYPE=1)}]
+)
+def test_unknown_tasks_are_left_to_the_evaluator(tasks: Any) -> None:
+    ran: list[object] = []
+    assert evaluator(ran).evaluate(Likelihood(), tasks, 2) == 2
+    assert ran == [tasks]
+
+
 def test_both_model_types_are_registered_lazily() -> None:
     code = (
         "import sys; import decdec_eval.plugin as p; p.install(); import lm_eval.models;"
@@ -84,6 +191,8 @@ def test_an_entry_point_that_came_first_stays(monkeypatch: pytest.MonkeyPatch) -
         ("lm_eval.tasks.manager", {}, "without --include_path"),
         ("lm_eval.tasks.manager", {"TaskManager": object}, "without --include_path"),
         ("lm_eval.api.task", {"ConfigurableTask": object}, "DECDEC_DATA_DIR"),
+        ("lm_eval.evaluator", {}, "before other requests run"),
+        ("lm_eval.evaluator", {"evaluate": lambda model, tasks: None}, "before other requests run"),
     ],
 )
 def test_what_is_missing_is_named_and_nothing_changes(name: str, contents: dict[str, Any], lost: str) -> None:

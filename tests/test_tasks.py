@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import simple_parse_args_string
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from decdec_core.config import Compensation, DecDECError
+from decdec_core.dense import write_dense
 from decdec_core.model import set_compensation
 from decdec_core.texts import load_text
 from decdec_eval import plugin
+from decdec_eval.lm_model import DecDECLM
 from decdec_eval.perplexity import summary, window_nll, windows
 
 TASK = "decdec_wikitext2"
@@ -26,9 +29,10 @@ def installed() -> None:
     plugin.install()
 
 
-def evaluate(model: str, model_args: dict[str, Any], **options: Any) -> dict[str, Any]:
+def evaluate(model: str, model_args: dict[str, Any] | str, **options: Any) -> dict[str, Any]:
     """Return lm-eval's results of the task, indexing this package's tasks only: lm-eval's take seconds."""
-    manager = TaskManager(include_path=plugin.tasks_folder(), include_defaults=False, metadata=model_args)
+    metadata = simple_parse_args_string(model_args) if isinstance(model_args, str) else model_args
+    manager = TaskManager(include_path=plugin.tasks_folder(), include_defaults=False, metadata=metadata)
     arguments = {"tasks": [TASK], "task_manager": manager, "device": "cpu", "limit": 2, **options}
     return simple_evaluate(model=model, model_args=model_args, **arguments)
 
@@ -59,6 +63,29 @@ def test_decdec(tiny_artifact_dir: Path) -> None:
     samples = results["samples"][TASK]
     assert [sample["doc"]["window"] for sample in samples] == [0, 1]
     assert len(json.loads(json.dumps(samples[1]))["doc"]["token_ids"]) == 2048
+
+
+def test_hf_scores_the_dequantized_model_alike(tiny_artifact_dir: Path, tmp_path: Path) -> None:
+    dense = write_dense(tiny_artifact_dir, tmp_path / "dense")
+    got = [
+        evaluate(model, f"pretrained={folder},dtype=float32{more}", limit=1)["results"][TASK]["mean_nll,none"]
+        for model, folder, more in (("hf", dense, ""), ("decdec", tiny_artifact_dir, ",selection=none"))
+    ]
+    # the same float32 weights, multiplied in another order where an input scale is kept
+    assert got[1] == pytest.approx(got[0], rel=1e-6)
+    compensated = f"pretrained={tiny_artifact_dir},dtype=float32,selection=exact"
+    other = evaluate("decdec", compensated, limit=1)["results"][TASK]["mean_nll,none"]
+    assert abs(other - got[0]) > 100 * abs(got[1] - got[0])
+
+
+def test_likelihood_under_decode_is_refused_before_any_request(
+    tiny_artifact_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(DecDECLM, "token_windows", lambda _lm, requests: asked.append("token_windows"))
+    with pytest.raises(DecDECError, match="compensate must be auto or all for a likelihood request"):
+        evaluate("decdec", f"pretrained={tiny_artifact_dir},compensate=decode", limit=1)
+    assert asked == []
 
 
 def test_hf_scores_the_same_windows(tiny_model_dir: Path) -> None:

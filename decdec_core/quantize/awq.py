@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decdec_core.architectures import InputGroup
-from decdec_core.config import FIRST_TOKENS, WeightQuant, groups_of
+from decdec_core.config import WeightQuant, groups_of
 from decdec_core.hooks import recorded_call, watching
 from decdec_core.quantize.uniform import round_trip, round_trip_groups
 
@@ -48,8 +48,8 @@ class Sample:
             run()
 
     def _see(self, kind: str, x: Tensor) -> None:
-        later = x[:, FIRST_TOKENS:]  # as in every mean: the huge first tokens would decide alone
-        self._inputs[kind].append(later.reshape(-1, x.shape[-1]).float())
+        # the huge first tokens stay in: without them the search spoils what they need (LOG.md)
+        self._inputs[kind].append(x.reshape(-1, x.shape[-1]).float())
 
     def inputs(self, kind: str) -> Tensor:
         """Return the group's input (tokens, in) float32."""
