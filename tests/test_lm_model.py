@@ -253,7 +253,14 @@ def test_ledger(dynamic: DecDECLM) -> None:
 
 def test_bos_is_stated_as_it_happens(tiny_artifact_dir: Path) -> None:
     lm = load(tiny_artifact_dir, add_bos_token=True)
-    assert lm.get_model_info()["decdec"]["bos"] == BOSPLACE
+    assert lm.get_model_info()["decdec"]["bos"] == {
+        "bos_token_id": 257,
+        "add_bos_token": True,
+        "tok_encode_adds_bos": True,
+        "first_token_window_starts_with_bos": True,
+        "prefix_token_id_of_empty_contexts": 257,
+    }
+    assert lm.tok_encode("a") == [257, 64]
 
 
 def test_selection_changes_the_likelihood(dynamic: DecDECLM, tiny_artifact_dir: Path) -> None:
