@@ -133,6 +133,9 @@ def _packaged_smollm2() -> Path:
 def _from_gguf(path: Path) -> Path:
     """Return a folder with the dequantized model of a .gguf file, made once and kept in the cache."""
     with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise DecDECError(f"model must be a file in GGUF format, got {path}")
+        file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_dir() / "models" / f"{path.stem}-{digest[:12]}"
     if folder.is_dir():

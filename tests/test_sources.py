@@ -86,3 +86,9 @@ def test_a_hub_that_does_not_have_it_is_one_line() -> None:
     ) as caught:
         load_config("no/such-model")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_only_is_called_gguf(tmp_path: Path) -> None:
+    (tmp_path / "fake.gguf").write_text("text")
+    with pytest.raises(DecDECError, match="must be a file in GGUF format"):
+        materialize(str(tmp_path / "fake.gguf"))
