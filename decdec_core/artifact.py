@@ -201,7 +201,7 @@ def verify(path: str | Path) -> Manifest:
     manifest = read_manifest(folder)
     for name, wanted in manifest.files.items():
         _require_file(folder, name)
-        _require_equal(f"{name}: sha256", wanted, _sha256_of_file(folder / name))
+        _require_equal(f"{folder}: {name}: sha256", wanted, _sha256_of_file(folder / name))
     _refuse_strangers(folder, manifest)
     found: dict[str, dict[str, Any]] = {}
     for file in (MODEL_FILE, RESIDUAL_FILE):
@@ -218,7 +218,9 @@ def verify(path: str | Path) -> Manifest:
                 f"{folder}: tensor {name} must not be there, got one in {found[name]['file']}"
             )
         for key in ("file", "dtype", "shape", "sha256"):
-            _require_equal(f"tensor {name}: {key}", manifest.tensors[name].get(key), found[name][key])
+            _require_equal(
+                f"{folder}: tensor {name}: {key}", manifest.tensors[name].get(key), found[name][key]
+            )
     return manifest
 
 

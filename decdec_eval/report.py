@@ -201,6 +201,8 @@ def _report(given: Sequence[str]) -> None:
         raise DecDECError(f"report must be given one folder, got {len(given)} arguments")
     out = Path(given[0])
     runs = {path: read_run(path) for path in (out / "runs").glob("*.json")}
+    if not runs:
+        raise DecDECError(f"report must be given a folder with runs/*.json, got {out} without any")
     order = list(_STYLE)
     paths = sorted(runs, key=lambda p: (order.index(_selection(runs[p])), _k_of(runs[p]), p.name))
     print(write_report(out, paths))

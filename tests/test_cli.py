@@ -100,7 +100,9 @@ def test_verify_says_what_is_wrong(
     name = next(iter(manifest["tensors"]))
     manifest["tensors"][name]["sha256"] = "0" * 64
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert f"tensor {name}: sha256 must be {'0' * 64}, got " in _refused(capsys, ["verify", str(copy)])
+    assert f"{copy}: tensor {name}: sha256 must be {'0' * 64}, got " in _refused(
+        capsys, ["verify", str(copy)]
+    )
 
 
 def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -89,7 +89,9 @@ def test_no_more_digits_than_the_error_allows(value: float | None, error: float 
     assert with_error(value, error) == wanted
 
 
-def test_runs_of_different_artifacts_do_not_share_a_table(tmp_path: Path) -> None:
+def test_runs_of_different_artifacts_do_not_share_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "runs").mkdir()
     for number in range(2):
         configuration = {"model": "m", "artifact_hash": str(number), "task": {}, "compensation": None}
@@ -98,3 +100,4 @@ def test_runs_of_different_artifacts_do_not_share_a_table(tmp_path: Path) -> Non
     with pytest.raises(DecDECError, match="must share artifact_hash"):
         report.write_report(tmp_path, sorted((tmp_path / "runs").glob("*.json")))
     assert report.main([str(tmp_path / "absent")]) == 2
+    assert f"got {tmp_path / 'absent'} without any" in capsys.readouterr().err
