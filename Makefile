@@ -1,12 +1,13 @@
 # make demo    quantize a real model, compare what compensation buys, print and draw it
 # make test    the tests; make lint, the style and type checks; make env, just the environment
+# make kernels compile the CUDA kernels for every supported architecture; make lint does it where there is nvcc
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO := demo
 
-.PHONY: env demo test lint clean
+.PHONY: env demo test lint kernels clean
 
 env: $(VENV)/.installed
 
@@ -31,6 +32,15 @@ lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@if command -v nvcc >/dev/null; then $(MAKE) --no-print-directory kernels; \
+	else echo "no nvcc here: the CUDA kernels were not compiled"; fi
+
+ARCHITECTURES := 80 86 89 90 120
+kernels: $(addprefix compiled-,$(basename $(notdir $(wildcard csrc/cuda/*.cu))))
+
+compiled-%: csrc/cuda/%.cu
+	nvcc -std=c++20 -O3 --threads 2 -Werror all-warnings \
+	    $(foreach a,$(ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) -c $< -o /dev/null
 
 clean:
 	rm -rf $(VENV) $(DEMO)

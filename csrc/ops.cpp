@@ -92,6 +92,11 @@ TORCH_LIBRARY(decdec, m) {
   m.def("select_random(Tensor x, int seed, int k_chunk, Tensor(a!) indices) -> ()");
   m.def(
       "compensate(Tensor x, Tensor indices, Tensor codes, Tensor scale, int bits, Tensor(a!) y) -> ()");
+  // on a GPU only
+  m.def("dequantize(Tensor tiles, Tensor? table, int bits, Tensor(a!) dense) -> ()");
+  m.def(
+      "linear(Tensor x, Tensor tiles, Tensor? table, Tensor? bias, int bits, Tensor? codes, Tensor? scale, "
+      "str selection, Tensor? indices, Tensor? floors, int seed, int k_chunk, int n_tb, Tensor(a!) y) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(decdec, CPU, m) {

@@ -9,58 +9,52 @@ dynamic  per chunk, the paper's bucketed approximation of that: the default
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
-from torch import Tensor
 
-from decdec_core import ops
 from decdec_core.calibration import ActivationStatistics
 from decdec_core.config import DecDECError, require_int, require_one_of, total_channels
+from decdec_core.ops import Selection, bucket_floors
 
-Selector = Callable[[Tensor], Tensor]
 
+def make_selection(
+    kind: str, k_chunk: int, statistics: ActivationStatistics, seed: int = 0
+) -> Selection | None:
+    """Return how a layer's channels are chosen, or None where there are none to choose.
 
-def make_selector(
-    selection: str, k_chunk: int, statistics: ActivationStatistics, seed: int = 0
-) -> Selector | None:
-    """Return the function x (tokens, in) -> channels (tokens, K) int32, or None where K is 0.
-
-    `static` returns (1, K): the same channels for all tokens. `seed` is the layer's own.
-    Raises DecDECError for an unknown selection or a k_chunk outside 0..1024.
+    `seed` is the layer's own. Raises DecDECError for an unknown kind or a k_chunk outside 0..1024.
     """
-    require_one_of("selection", selection, ("none", *_MAKERS))
+    require_one_of("selection", kind, ("none", *_MAKERS))
     require_int("k_chunk", k_chunk, 0, 1024)
-    if selection == "none" or total_channels(statistics.rank_max.shape[0], k_chunk) == 0:
+    if kind == "none" or total_channels(statistics.rank_max.shape[0], k_chunk) == 0:
         return None
-    return _MAKERS[selection](k_chunk, statistics, seed)
+    return _MAKERS[kind](k_chunk, statistics, seed)
 
 
-def _random(k_chunk: int, _statistics: ActivationStatistics, seed: int) -> Selector:
-    return partial(ops.select_random, seed=seed, k_chunk=k_chunk)
+def _random(k_chunk: int, _statistics: ActivationStatistics, seed: int) -> Selection:
+    return Selection("random", k_chunk, seed=seed)
 
 
-def _static(k_chunk: int, statistics: ActivationStatistics, _seed: int) -> Selector:
+def _static(k_chunk: int, statistics: ActivationStatistics, _seed: int) -> Selection:
     count = total_channels(statistics.mean_square.shape[0], k_chunk)
     ranking = torch.sort(statistics.mean_square, descending=True, stable=True).indices
     channels = ranking[:count].sort().values.to(torch.int32).unsqueeze(0)
-    return lambda x: channels.to(x.device)
+    return Selection("static", k_chunk, indices=channels)
 
 
-def _exact(k_chunk: int, _statistics: ActivationStatistics, _seed: int) -> Selector:
-    return partial(ops.select_topk, k_chunk=k_chunk)
+def _exact(k_chunk: int, _statistics: ActivationStatistics, _seed: int) -> Selection:
+    return Selection("exact", k_chunk)
 
 
-def _dynamic(k_chunk: int, statistics: ActivationStatistics, _seed: int) -> Selector:
+def _dynamic(k_chunk: int, statistics: ActivationStatistics, _seed: int) -> Selection:
     count = total_channels(statistics.rank_max.shape[0], k_chunk)
     first, last = statistics.rank_max[0].item(), statistics.rank_max[count - 1].item()
     if not first >= last >= 0:
         raise DecDECError(f"calibration boundaries must fall from rank 1 to rank K, got {first} and {last}")
-    floors = ops.bucket_floors(first, last)
-    return lambda x: ops.select_buckets(x, floors.to(x.device), k_chunk)
+    return Selection("dynamic", k_chunk, floors=bucket_floors(first, last))
 
 
-_MAKERS: dict[str, Callable[[int, ActivationStatistics, int], Selector]] = {
+_MAKERS: dict[str, Callable[[int, ActivationStatistics, int], Selection]] = {
     "random": _random,
     "static": _static,
     "exact": _exact,

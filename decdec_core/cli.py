@@ -69,7 +69,25 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time an artifact")
     kinds = bench.add_subparsers(title="what to time", required=True, parser_class=OneLineParser)
     _add_bench_forward(kinds.add_parser("forward", help="a forward pass under each selection, on the CPU"))
+    _add_bench_kernels(kinds.add_parser("kernels", help="the CUDA kernels, matrix by matrix"))
     return parser
+
+
+def _add_bench_kernels(kernels: argparse.ArgumentParser) -> None:
+    kernels.add_argument(
+        "--shapes",
+        default="llama-3-8b",
+        help="llama-3-8b, phi-3-medium, llama-3-70b, or one matrix as IN,OUT",
+    )
+    kernels.add_argument("--bits", type=int, nargs="+", default=[3, 4], choices=(2, 3, 4))
+    kernels.add_argument("--formats", nargs="+", default=["uniform", "codebook"], metavar="FORMAT")
+    kernels.add_argument("--n-tb", type=int, nargs="+", default=[8, 16], help="thread blocks that fetch")
+    kernels.add_argument("--k-chunk", type=int, nargs="+", default=[8], metavar="K")
+    kernels.add_argument("--selections", nargs="+", default=["dynamic"], metavar="SELECTION")
+    kernels.add_argument("--tokens", type=int, default=1)
+    kernels.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    kernels.add_argument("--plot", type=Path, metavar="FILE", help="draw time against k_chunk there")
+    kernels.set_defaults(run=_bench_kernels, parser=kernels)
 
 
 def _add_bench_forward(forward: argparse.ArgumentParser) -> None:
@@ -143,6 +161,25 @@ def _bench_forward(options: argparse.Namespace) -> None:
         print(f"{label:12} {row['median_s']:8.3f} s   {row['to_none']:5.2f} of none")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+
+
+def _bench_kernels(options: argparse.Namespace) -> None:
+    from decdec_core.kernel_bench import draw, kernel_times, shapes_of, table
+
+    result = kernel_times(
+        shapes_of(options.shapes),
+        options.bits,
+        options.formats,
+        options.n_tb,
+        options.k_chunk,
+        options.selections,
+        options.tokens,
+    )
+    print(table(result["rows"]))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    if options.plot:
+        draw(result["rows"], options.plot)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ class DecDECQuantizer(HfQuantizer):
         kept = load_host_tensors(self._folder, self._manifest, residual_quant)
         for name, layer in dec_layers(model).items():
             layer.residual, layer.statistics = kept[name]
+            if layer.codes.is_cuda:
+                layer.prepare_for_gpu()
         attach(model, Compensation(), self._manifest.hash)
         return model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from decdec_core import ops
 from decdec_core.calibration import ActivationStatistics
-from decdec_core.channels import Selector
 from decdec_core.config import WeightQuant, groups_of
-from decdec_core.packing import packed_words
+from decdec_core.packing import DEPTH, pack_codes, pack_tiles, packed_words, unpack_codes, unpack_tiles
 from decdec_core.quantize.uniform import QuantizedWeight, dequantize
 from decdec_core.residuals import QuantizedResidual
+
+_SUMS_AT_ONCE = 1 << 24  # 64 MB of float32
 
 
 @dataclass
@@ -33,7 +34,10 @@ class DecLinear(nn.Module):
     statistics are no buffers: they stay in host memory through `.to()`.
 
     Inputs (..., tokens, in), outputs (..., tokens, out) in the input's dtype; the compensation is summed
-    in float32. `selector` None, or a pass that `scope` leaves out, gives the base layer bit for bit.
+    in float32. `selection` None, or a pass that `scope` leaves out, gives the base layer bit for bit.
+
+    On a GPU the weight is kept in the kernels' order instead (`tiled`; the three buffers are then empty) and
+    the residual pinned. One to eight tokens take one launch, more a dense weight decoded for the pass.
     """
 
     codes: Tensor
@@ -63,8 +67,10 @@ class DecLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
         self.residual: QuantizedResidual | None = None
         self.statistics: ActivationStatistics | None = None
-        self.selector: Selector | None = None
+        self.selection: ops.Selection | None = None
         self.scope = Scope()
+        self.tiled: ops.TiledWeight | None = None
+        self._pinned: QuantizedResidual | None = None
         self._dense: Tensor | None = None
 
     def extra_repr(self) -> str:
@@ -73,6 +79,8 @@ class DecLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """Return Ŵ (out, in) float32, in the space of the scaled input."""
+        if self.tiled is not None:
+            return ops.dequantize(self.tiled, torch.float32)
         packed = QuantizedWeight(self.codes, self.scales, self.zeros, self.in_features, self.config)
         return dequantize(packed)
 
@@ -84,19 +92,85 @@ class DecLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
             x = x / self.input_scale.to(x.dtype)
-        y = F.linear(x, self._base_weight(x), None if self.bias is None else self.bias.to(x.dtype))
-        return self._compensated(x, y) if self.selector is not None and self.scope.active else y
+        selection = self.selection if self.scope.active else None
+        tokens = x.reshape(-1, self.in_features)
+        if x.is_cuda:
+            y = self._on_gpu(tokens.contiguous(), selection)
+        else:
+            y = F.linear(tokens, self._base_weight(x), None if self.bias is None else self.bias.to(x.dtype))
+            if selection is not None:
+                y = self._compensated(tokens.contiguous(), y, selection)
+        return y.view(*x.shape[:-1], self.out_features)
 
-    def _compensated(self, x: Tensor, y: Tensor) -> Tensor:
-        assert self.selector is not None
-        assert self.residual is not None
-        tokens = x.reshape(-1, self.in_features).contiguous()
-        total = y.reshape(-1, self.out_features).float()
+    def _compensated(
+        self, tokens: Tensor, y: Tensor, selection: ops.Selection, codes: Tensor | None = None
+    ) -> Tensor:
         residual = self.residual
-        ops.compensate(
-            tokens, self.selector(tokens), residual.codes, residual.scale, residual.config.bits, total
+        assert residual is not None
+        total = y.float()
+        chosen = selection(tokens)
+        fetched = residual.codes if codes is None else codes
+        ops.compensate(tokens, chosen, fetched, residual.scale, residual.config.bits, total)
+        return total.to(y.dtype)
+
+    def _on_gpu(self, tokens: Tensor, selection: ops.Selection | None) -> Tensor:
+        self.prepare_for_gpu()
+        residual, tiled = self.residual, self.tiled
+        few = tokens.shape[0] <= ops.MOST_TOKENS and tokens.dtype != torch.float32
+        if few and tiled is not None:
+            if selection is None or residual is None:
+                return ops.linear(tokens, tiled)
+            if residual.config.bits == 4 and self.out_features % 32 == 0:
+                return ops.linear(tokens, tiled, selection, residual.codes, residual.scale)
+            return self._compensated(tokens, ops.linear(tokens, tiled), selection)
+        if tiled is not None:
+            weight = ops.dequantize(tiled, tokens.dtype)
+        else:
+            weight = self.dequantize().to(tokens.dtype)
+        y = F.linear(tokens, weight, None if self.bias is None else self.bias.to(tokens.dtype))
+        del weight
+        if selection is None or residual is None:
+            return y
+        # together they want most channels, so the whole residual travels, once; their sums are bounded
+        codes = residual.codes.to(tokens.device, non_blocking=True)
+        step = max(1, _SUMS_AT_ONCE // self.out_features)
+        parts = [
+            self._compensated(t, part, selection, codes)
+            for t, part in zip(tokens.split(step), y.split(step), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def prepare_for_gpu(self) -> None:
+        """Bring a layer whose weight is on a GPU into the form that its kernels take; again, does nothing.
+
+        Raises DecDECError where host memory cannot hold the pinned residual.
+        """
+        residual, selection = self.residual, self.selection
+        if residual is not None and residual is not self._pinned:
+            self.residual = self._pinned = residual.pinned()
+        if selection is not None and selection.indices is not None and not selection.indices.is_cuda:
+            self.selection = replace(selection, indices=selection.indices.to(self.scales.device))
+        fits = self.config.bits <= 4 and self.config.group_size == DEPTH and self.in_features % 32 == 0
+        if self.tiled is None and fits:
+            codes = unpack_codes(self.codes, self.config.bits, self.in_features)
+            tiles = pack_tiles(codes, self.config.bits, self.scales, self.zeros)
+            self.tiled = ops.TiledWeight(
+                tiles, self.config.bits, self.out_features, self.in_features, bias=self.bias
+            )
+            self.codes, self.scales, self.zeros = (
+                t.new_empty(0) for t in (self.codes, self.scales, self.zeros)
+            )
+
+    def _leave_gpu(self) -> None:
+        if self.tiled is None:
+            return
+        codes, scales, zeros = unpack_tiles(
+            self.tiled.tiles, self.config.bits, self.out_features, self.in_features, codebook=False
         )
-        return total.to(y.dtype).view(y.shape)
+        assert scales is not None
+        assert zeros is not None
+        self.codes, self.scales, self.zeros = pack_codes(codes, self.config.bits), scales, zeros
+        self.tiled = None
 
     def _base_weight(self, x: Tensor) -> Tensor:
         # decoded once: on a CPU the method is emulated, and decoding for every token would dominate
@@ -104,15 +178,27 @@ class DecLinear(nn.Module):
             self._dense = self.dequantize().to(x.dtype)
         return self._dense
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._leave_gpu()
+        super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._leave_gpu()
         self._dense = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._leave_gpu()
         self._dense = None
         # the codes' scales are float16 by format: a model cast to another dtype keeps them
         scales = self.scales
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
+        for name in ("input_scale", "bias"):
+            vector = getattr(self, name)
+            if vector is not None and vector.dtype != torch.float32:
+                setattr(self, name, vector.float())
+        if self.scales.is_cuda:
+            self.prepare_for_gpu()
         return self

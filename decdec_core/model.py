@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from decdec_core import ops
+from decdec_core import kernels
 from decdec_core.architectures import kind_of
-from decdec_core.channels import make_selector
+from decdec_core.channels import make_selection
 from decdec_core.config import Compensation, DecDECError, WeightQuant, total_channels
 from decdec_core.linear import DecLinear, Scope
 
@@ -86,7 +86,7 @@ def set_compensation(model: nn.Module, compensation: Compensation) -> None:
     state = state_of(model)
     for name, layer in dec_layers(model).items():
         assert layer.statistics is not None
-        layer.selector = make_selector(
+        layer.selection = make_selection(
             compensation.selection,
             compensation.k_chunk_of(kind_of(name)),
             layer.statistics,
@@ -112,5 +112,5 @@ def compensation_ledger(model: nn.Module) -> dict[str, Any]:
         "artifact_hash": state.artifact_hash,
         "channels_per_token": channels,
         "bytes_per_token": fetched,
-        "kernel": ops.kernel_in_use(),
+        "kernel": kernels.in_use(),
     }

@@ -1,31 +1,18 @@
-"""Selection and compensation: compiled ops, their fakes, and their plain-torch twins.
+"""Selection, compensation and the low-bit product: compiled ops and their plain-torch twins.
 
-Each op stands beside its twin `<name>_ref`, which is its oracle and, where nothing can be compiled, its
-stand-in. csrc is compiled once per machine into $DECDEC_BUILD_DIR (else ~/.cache/decdec/build) on first
-use; DECDEC_KERNELS=off leaves it alone.
+Each op stands beside its twin `<name>_ref`, which is its oracle and, on a CPU where nothing can be compiled,
+its stand-in. A CUDA tensor takes the kernel or raises. kernels.py compiles them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-import threading
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from decdec_core import kernels
 from decdec_core.config import (
     CHUNK,
     RESIDUAL_BITS,
@@ -35,9 +22,16 @@ from decdec_core.config import (
     require_one_of,
     total_channels,
 )
-from decdec_core.packing import channel_bytes, unpack_channels
+from decdec_core.packing import (
+    DEPTH,
+    channel_bytes,
+    unpack_channels,
+    unpack_table,
+    unpack_tiles,
+)
 
 BUCKETS = 32
+MOST_TOKENS = 8  # of one launch of `linear`
 MAX_SEED = 2**63 - 1
 
 _ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -199,6 +193,131 @@ def compensate_ref(x: Tensor, indices: Tensor, codes: Tensor, scale: Tensor, bit
         y.addcmul_(weights @ decoded, scale)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """How channels are chosen, as data; called, it chooses: x (tokens, in) -> channels (tokens, K) int32.
+
+    kind: "static" with `indices` (1, K) int32, the same channels for all tokens; "exact" (select_topk);
+    "dynamic" with `floors` (32,) float32 on the CPU (select_buckets); "random" with `seed` (select_random).
+    """
+
+    kind: str
+    k_chunk: int
+    seed: int = 0
+    floors: Tensor | None = None
+    indices: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.kind == "static" and self.indices is not None:
+            return self.indices.to(x.device)
+        if self.kind == "dynamic" and self.floors is not None:
+            return select_buckets(x, self.floors, self.k_chunk)
+        if self.kind == "exact":
+            return select_topk(x, self.k_chunk)
+        if self.kind == "random":
+            return select_random(x, self.seed, self.k_chunk)
+        raise DecDECError(
+            f"selection must be static with indices, dynamic with floors, exact or random, got {self}"
+        )
+
+
+@dataclass(frozen=True)
+class TiledWeight:
+    """A low-bit weight in the order of the CUDA kernels (packing.py: pack_tiles, pack_table).
+
+    tiles: (slabs, depth, words) int32. bits: 2 to 4. table: (slabs, 32, 2**bits / 2) int32 of the codebook
+    format, whose values are of the activations' dtype; None for the uniform format. bias: (out,) float32 or
+    None.
+    """
+
+    tiles: Tensor
+    bits: int
+    out_features: int
+    in_features: int
+    table: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def linear(
+    x: Tensor,
+    weight: TiledWeight,
+    selection: Selection | None = None,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
+    n_tb: int = 16,
+) -> Tensor:
+    """Return the low-bit product and, where `selection` is given, its compensation, in one launch.
+
+    x: (tokens, in) float16 or bfloat16, 1 to 8 tokens, in a multiple of 32. codes (in, out / 2) uint8, 4-bit,
+    and scale (out,) float32: the residual as in `compensate`, on x's device or in pinned host memory; out a
+    multiple of 32. n_tb: thread blocks that fetch. Returns (tokens, out) of x's dtype; sums are carried in
+    float32. On a CPU the twin serves. Refused input raises DecDECError.
+    """
+    if x.device.type != "cuda":
+        return linear_ref(x, weight, selection, codes, scale)
+    kernels.require_cuda(x.device)
+    y = x.new_empty((x.shape[0], weight.out_features))
+    fetched = (codes, scale) if selection is not None else (None, None)
+    how = selection or Selection("exact", 0)
+    try:
+        torch.ops.decdec.linear.default(
+            *(x, weight.tiles, weight.table, weight.bias, weight.bits, *fetched),
+            *(how.kind, how.indices, how.floors, how.seed, how.k_chunk, n_tb, y),
+        )
+    except ValueError as error:
+        raise DecDECError(str(error)) from None
+    return y
+
+
+def linear_ref(
+    x: Tensor,
+    weight: TiledWeight,
+    selection: Selection | None = None,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
+    n_tb: int = 16,
+) -> Tensor:
+    """Return the low-bit product and, where `selection` is given, its compensation: the twin of linear.
+
+    x: (tokens, in) float16, bfloat16 or float32, any number of tokens. codes (in, out / 2) uint8, 4-bit,
+    and scale (out,) float32: the residual as in `compensate`. n_tb: without meaning here. Returns
+    (tokens, out) of x's dtype; sums are carried in float32. Refused input raises DecDECError.
+    """
+    y = x.float() @ dequantize_ref(weight, x.dtype).float().T
+    if selection is not None and codes is not None and scale is not None:
+        compensate_ref(x, selection(x), codes, scale, 4, y)
+    return (y if weight.bias is None else y + weight.bias).to(x.dtype)
+
+
+def dequantize(weight: TiledWeight, dtype: torch.dtype) -> Tensor:
+    """Return the weight (out, in) of `dtype`: float32 or float16; bfloat16 where a codebook's values are.
+
+    in: a multiple of 32 on a GPU. On a CPU the twin serves. Refused input raises DecDECError.
+    """
+    if weight.tiles.device.type != "cuda":
+        return dequantize_ref(weight, dtype)
+    kernels.require_cuda(weight.tiles.device)
+    dense = torch.empty((weight.out_features, weight.in_features), dtype=dtype, device=weight.tiles.device)
+    try:
+        torch.ops.decdec.dequantize.default(weight.tiles, weight.table, weight.bits, dense)
+    except ValueError as error:
+        raise DecDECError(str(error)) from None
+    return dense
+
+
+def dequantize_ref(weight: TiledWeight, dtype: torch.dtype) -> Tensor:
+    """Return the weight (out, in) of `dtype`: the twin of dequantize; any in."""
+    shape = (weight.out_features, weight.in_features)
+    codes, scales, zeros = unpack_tiles(weight.tiles, weight.bits, *shape, weight.table is not None)
+    if weight.table is not None:
+        values = torch.float16 if dtype == torch.float32 else dtype
+        return unpack_table(weight.table, shape[0], values).gather(1, codes.long()).to(dtype)
+    assert scales is not None
+    assert zeros is not None
+    group = torch.arange(shape[1], device=codes.device) // DEPTH
+    return ((codes.float() - zeros.float()[:, group]) * scales.float()[:, group]).to(dtype)
+
+
 def _magnitude_bits(x: Tensor) -> Tensor:
     # bit patterns order as the magnitudes do, with NaN above infinity
     return x.float().view(torch.int32) & 0x7FFFFFFF
@@ -268,137 +387,10 @@ def _check_compensation(
     _check_tensor("indices", indices, tuple(indices.shape), torch.int32)
 
 
-def kernel_in_use() -> str:
-    """Return "compiled" or "twin": which of the two serves. Compiles the kernels if that is still to do."""
-    return "compiled" if _kernels_loaded() else "twin"
-
-
 def _compiled_for(x: Tensor) -> bool:
+    if x.device.type == "cuda":
+        kernels.require_cuda(x.device)
+        return True
     if x.device.type not in ("cpu", "meta"):
-        raise DecDECError(f"x must be on the CPU, for which alone there are kernels, got {x.device}")
-    return _kernels_loaded()
-
-
-class _BuildFailedError(Exception):
-    """Why the kernels cannot be had, in one line."""
-
-
-_OPS = ("select_topk", "select_buckets", "select_random", "compensate")
-_LIBRARY = "decdec_ops"
-# -Wno-psabi: vectors wider than the machine's registers are passed among inlined functions only
-_CFLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")
-_loaded: bool | None = None
-_loading = threading.Lock()
-
-
-def _kernels_loaded() -> bool:
-    global _loaded
-    if _loaded is None:
-        with _loading:
-            if _loaded is None:
-                _loaded = _load_kernels()
-    return _loaded
-
-
-def _load_kernels() -> bool:
-    switch = os.environ.get("DECDEC_KERNELS", "on")
-    require_one_of("DECDEC_KERNELS", switch, ("on", "off"))
-    if switch == "off":
-        return False
-    try:
-        _load_or_build()
-    except (_BuildFailedError, OSError) as error:
-        warnings.warn(
-            "decdec: no compiled kernels, so plain torch serves instead, with the same results but some "
-            f"twenty times slower: {error}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        return False
-    for name in _OPS:
-        # what an op writes, it writes into an argument: there is nothing to make up
-        torch.library.register_fake(f"decdec::{name}", lambda *arguments: None)
-    return True
-
-
-def _load_or_build() -> None:
-    default = Path.home() / ".cache" / "decdec" / "build"
-    folder = Path(os.environ.get("DECDEC_BUILD_DIR") or default).absolute() / _build_key()
-    library = folder / f"{_LIBRARY}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as lock:
-            # the system drops the lock with its holder, however that one ended
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():
-                _build(library)
-                return
-    torch.ops.load_library(library)
-
-
-def _build(library: Path) -> None:
-    """Compile csrc into `library` and load it. To be called with the folder's lock held."""
-    print(f"decdec: compiling CPU kernels, about 30 s, once, into {library.parent}", file=sys.stderr)
-    for abandoned in library.parent.glob("building-*"):
-        shutil.rmtree(abandoned, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="building-", dir=library.parent) as scratch, _ninja_on_path():
-        try:
-            # here, because it takes half a second and wants setuptools
-            from torch.utils import cpp_extension
-
-            cpp_extension.load(
-                _LIBRARY,
-                [str(s) for s in _sources() if s.suffix == ".cpp"],
-                extra_cflags=list(_CFLAGS),
-                extra_ldflags=[str(runtime) for runtime in _openmp_runtime()] or ["-fopenmp"],
-                build_directory=scratch,
-                is_python_module=False,
-            )
-        except (RuntimeError, ImportError, subprocess.CalledProcessError) as error:
-            raise _BuildFailedError(_telling_line(str(error))) from error
-        os.replace(Path(scratch) / library.name, library)
-
-
-def _telling_line(log: str) -> str:
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return next((line for line in lines if "error:" in line), lines[-1] if lines else "no message")
-
-
-@contextlib.contextmanager
-def _ninja_on_path() -> Iterator[None]:
-    # an environment that is used without being activated has its ninja beside its python, off PATH
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
-
-
-def _sources() -> list[Path]:
-    inside = Path(__file__).parent / "csrc"
-    csrc = inside if inside.is_dir() else Path(__file__).parent.parent / "csrc"
-    return [csrc / "ops.cpp", csrc / "checks.h", csrc / "layout.h", *sorted(csrc.glob("cpu/*"))]
-
-
-def _openmp_runtime() -> list[Path]:
-    """Return torch's own OpenMP runtime, where its wheel brings one: a second would have its own threads."""
-    site = Path(torch.__file__).parent
-    return [*site.glob("lib/libgomp*.so*"), *site.parent.glob("torch.libs/libgomp*.so*")][:1]
-
-
-def _build_key() -> str:
-    """Return the name of the cache's sub-folder: a hash of everything that the compiled code depends on."""
-    command = shlex.split(os.environ.get("CXX", "c++"))
-    if not command or shutil.which(command[0]) is None:
-        raise _BuildFailedError(f"no C++ compiler {' '.join(command)!r} on PATH (the variable CXX names one)")
-    version = subprocess.run([*command, "--version"], capture_output=True, check=False).stdout
-    # the lines that -march=native goes by, on x86 and on Arm
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [f"model name {platform.processor()}"]
-    cpu = sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))})
-    runtime = [path.name for path in _openmp_runtime()]
-    texts = [torch.__version__, *_CFLAGS, *runtime, *cpu]
-    parts = [*(text.encode() for text in texts), version]
-    parts += [part for path in _sources() for part in (path.name.encode(), path.read_bytes())]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+        raise DecDECError(f"x must be on a CPU or a CUDA device, got {x.device}")
+    return kernels.cpu_loaded()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from decdec_core.config import ResidualQuant
+from decdec_core.config import DecDECError, ResidualQuant
 from decdec_core.packing import channel_bytes, pack_channels, unpack_channels
 
 SCALE_STEPS = 32
@@ -38,6 +39,23 @@ class QuantizedResidual:
     def bytes_per_channel(self) -> int:
         """Bytes that fetching one channel moves."""
         return channel_bytes(self.out_features, self.config.bits)
+
+    def pinned(self) -> QuantizedResidual:
+        """Return the same in host memory that a GPU can read, itself if it is there already.
+
+        Raises DecDECError where there is too little.
+        """
+        wanted = self.codes.nbytes + self.scale.nbytes
+        try:
+            return QuantizedResidual(self.codes.pin_memory(), self.scale.pin_memory(), self.config)
+        except RuntimeError:
+            raise DecDECError(
+                f"lockable host memory must hold {wanted} bytes more for a residual, got {_free_bytes()} free"
+            ) from None
+
+
+def _free_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def quantize_residual(residual: Tensor, config: ResidualQuant) -> QuantizedResidual:

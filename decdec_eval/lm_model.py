@@ -6,7 +6,6 @@ lm_eval --model decdec --model_args pretrained=DIR,selection=dynamic,k_chunk=16 
 from __future__ import annotations
 
 import inspect
-import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -48,9 +47,7 @@ _FROM_PRETRAINED = (
     "offload_state_dict",
 )
 _OTHER_LOADERS = ("autogptq", "delta", "gguf_file", "gptqmodel")  # of HFLM; an artifact is loaded one way
-_PLACED_BY_OTHERS = ("device_map", "parallelize", "tp_plan")  # arguments that override `device`
 _LIKELIHOOD = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", TOKEN_WINDOWS)
-_log = logging.getLogger(__name__)
 
 
 class DecDECLM(HFLM):
@@ -75,7 +72,7 @@ class DecDECLM(HFLM):
             _refuse_with_full({**chosen, **recipe})
             chosen["selection"] = "none"
         self.compensation = Compensation(**chosen)
-        device = _usable(str(device), arguments, self.compensation.selection)
+        device = _usable(str(device))
         folder = _resolve(pretrained, recipe, arguments)
         try:
             super().__init__(pretrained=folder, device=device, **arguments)
@@ -245,24 +242,7 @@ def _resolve(pretrained: str | Path | None, recipe: Mapping[str, Any], others: M
     return str(cached_artifact(source, WeightQuant(**weight), residual, calibration).resolve())
 
 
-def _usable(device: str, others: Mapping[str, Any], selection: str) -> str:
-    """Return `device`, or "cpu" for a GPU that is not there or that has no kernels for `selection`.
-
-    lm-eval's command line asks for a GPU even where nobody did, so a refusal would be of its default.
-    """
-    gpu = torch.cuda.is_available()
-    if device.startswith("cuda") and not gpu:
-        return "cpu"
-    if selection == "none":
-        return device
-    for name in _PLACED_BY_OTHERS if gpu else ():
-        if others.get(name) not in (None, False, "cpu"):
-            raise DecDECError(
-                f"{name} must be absent with selection={selection}, which has kernels for the CPU alone, "
-                f"got {others[name]!r}"
-            )
-    if device != "cpu":
-        _log.warning(
-            "decdec: selection=%s has kernels for the CPU alone: cpu is used, not %s", selection, device
-        )
-    return "cpu"
+def _usable(device: str) -> str:
+    """Return `device`, or "cpu" for a GPU that is not there: lm-eval's command line asks for one even where
+    nobody did, so a refusal would be of its default."""
+    return "cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device

@@ -17,7 +17,7 @@ from conftest import with_checkout_first
 CHILD = """
 import json, os, sys, warnings
 import torch
-from decdec_core import ops
+from decdec_core import kernels, ops
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     source = torch.Generator().manual_seed(0)
@@ -29,7 +29,7 @@ with warnings.catch_warnings(record=True) as caught:
     ops.compensate(x, chosen[0], codes, torch.ones(7), 4, y)
 maps = open("/proc/self/maps").read().split() if os.path.exists("/proc/self/maps") else []
 print(json.dumps({
-    "kernel": ops.kernel_in_use(),
+    "kernel": kernels.in_use(),
     "indices": [c.tolist() for c in chosen],
     "y": y.tolist(),
     "warnings": [str(w.message) for w in caught if "decdec" in str(w.message)],

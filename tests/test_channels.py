@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from decdec_core.calibration import ActivationStatistics
-from decdec_core.channels import make_selector
+from decdec_core.channels import make_selection
 from decdec_core.config import DecDECError, channels_per_chunk, total_channels
 
 IN = 1536  # chunks of 1024 and 512
@@ -27,7 +27,7 @@ def x(draw: torch.Generator) -> torch.Tensor:
 def test_every_selection_gives_the_same_number_of_distinct_channels(
     selection: str, k_chunk: int, x: torch.Tensor
 ) -> None:
-    selector = make_selector(selection, k_chunk, _statistics(x), seed=1)
+    selector = make_selection(selection, k_chunk, _statistics(x), seed=1)
     assert selector is not None
     channels = selector(x)
     count = total_channels(IN, k_chunk)
@@ -39,12 +39,12 @@ def test_every_selection_gives_the_same_number_of_distinct_channels(
 
 @pytest.mark.parametrize("selection", ["none", "random", "static", "exact", "dynamic"])
 def test_no_channels_is_no_selector(selection: str, x: torch.Tensor) -> None:
-    assert make_selector(selection, 0, _statistics(x)) is None
-    assert make_selector("none", 16, _statistics(x)) is None
+    assert make_selection(selection, 0, _statistics(x)) is None
+    assert make_selection("none", 16, _statistics(x)) is None
 
 
 def test_exact_takes_the_largest_of_each_chunk(x: torch.Tensor) -> None:
-    selector = make_selector("exact", 16, _statistics(x))
+    selector = make_selection("exact", 16, _statistics(x))
     assert selector is not None
     for token, row in zip(x, selector(x), strict=True):
         wanted = []
@@ -56,14 +56,16 @@ def test_exact_takes_the_largest_of_each_chunk(x: torch.Tensor) -> None:
 
 def test_static_takes_the_top_of_the_layer_not_of_the_chunk(x: torch.Tensor) -> None:
     mean_square = torch.arange(IN).float()  # the last chunk holds all the large ones
-    selector = make_selector("static", 16, ActivationStatistics(torch.ones(IN), mean_square, torch.zeros(IN)))
+    selector = make_selection(
+        "static", 16, ActivationStatistics(torch.ones(IN), mean_square, torch.zeros(IN))
+    )
     assert selector is not None
     assert selector(x)[0].tolist() == list(range(IN - 24, IN))
 
 
 def test_dynamic_finds_most_of_exact(x: torch.Tensor) -> None:
     statistics = _statistics(x)
-    exact, dynamic = (make_selector(name, 16, statistics) for name in ("exact", "dynamic"))
+    exact, dynamic = (make_selection(name, 16, statistics) for name in ("exact", "dynamic"))
     assert exact is not None
     assert dynamic is not None
     pairs = zip(exact(x).tolist(), dynamic(x).tolist(), strict=True)
@@ -74,7 +76,7 @@ def test_dynamic_finds_most_of_exact(x: torch.Tensor) -> None:
 
 
 def test_random_depends_on_seed_and_token_only(x: torch.Tensor) -> None:
-    a, b = (make_selector("random", 16, _statistics(x), seed) for seed in (1, 2))
+    a, b = (make_selection("random", 16, _statistics(x), seed) for seed in (1, 2))
     assert a is not None
     assert b is not None
     assert torch.equal(a(x)[7:9], a(x[7:9]))
@@ -85,9 +87,9 @@ def test_random_depends_on_seed_and_token_only(x: torch.Tensor) -> None:
 def test_boundaries_that_are_not_numbers_are_refused(x: torch.Tensor) -> None:
     statistics = ActivationStatistics(torch.full((IN,), float("nan")), torch.ones(IN), torch.ones(IN))
     with pytest.raises(DecDECError, match="boundaries must fall"):
-        make_selector("dynamic", 16, statistics)
+        make_selection("dynamic", 16, statistics)
 
 
 def test_unknown_selection_is_refused(x: torch.Tensor) -> None:
     with pytest.raises(DecDECError, match="selection must be one of"):
-        make_selector("largest", 16, _statistics(x))
+        make_selection("largest", 16, _statistics(x))

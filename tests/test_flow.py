@@ -9,7 +9,7 @@ import torch
 from conftest import ARCHITECTURES, CALIBRATION, save_tiny
 from transformers import AutoModelForCausalLM
 
-from decdec_core import ops
+from decdec_core import kernels
 from decdec_core.artifact import load_host_tensors, verify
 from decdec_core.build import build_artifact
 from decdec_core.config import Compensation, DecDECError, ResidualQuant, WeightQuant
@@ -157,7 +157,7 @@ def test_the_ledger_counts_what_is_fetched(tiny_artifact_dir: Path) -> None:
     assert ledger["artifact_hash"] == verify(tiny_artifact_dir).hash
     assert (ledger["selection"], ledger["compensate"], ledger["seed"]) == ("dynamic", "all", 3)
     assert ledger["k_chunk"] == [16, 32, 64, 128]
-    assert ledger["kernel"] == ops.kernel_in_use()
+    assert ledger["kernel"] == kernels.in_use()
     set_compensation(model, Compensation("none"))
     assert compensation_ledger(model)["k_chunk"] == [0, 0, 0, 0]
 

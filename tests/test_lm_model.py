@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -144,23 +143,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
-def test_a_selection_runs_on_the_cpu_beside_a_gpu(
-    tiny_artifact_dir: Path, caplog: pytest.LogCaptureFixture, device: str
-) -> None:
-    with caplog.at_level(logging.WARNING), pytest.raises(LoadedError) as loaded:
-        DecDECLM(tiny_artifact_dir, device=device, selection="exact")
-    assert loaded.value.device == "cpu"
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line == f"decdec: selection=exact has kernels for the CPU alone: cpu is used, not {device}"
-
-
-@pytest.mark.usefixtures("gpu")
-def test_without_a_selection_the_gpu_is_used(
+def test_the_gpu_is_used(
     tiny_artifact_dir: Path, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for folder, arguments in (
         (tiny_artifact_dir, {"selection": "none"}),
+        (tiny_artifact_dir, {"selection": "exact"}),
         (tiny_model_dir, {"method": "full"}),
     ):
         with pytest.raises(LoadedError) as loaded:
@@ -169,30 +157,17 @@ def test_without_a_selection_the_gpu_is_used(
     assert not caplog.records
 
 
-@pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("arguments", [{"parallelize": True}, {"device_map": "auto"}, {"tp_plan": "auto"}])
-def test_nobody_else_places_a_selection_on_a_gpu(
-    tiny_model_dir: Path, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lm_model, "cached_artifact", None)
-    with pytest.raises(DecDECError, match=f"{next(iter(arguments))} must be absent with selection=dynamic"):
-        DecDECLM(tiny_model_dir, method="awq", **arguments)
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(no_gpu(), reason="needs a CUDA device")
 def test_on_a_gpu(tiny_artifact_dir: Path) -> None:
     request = requests("loglikelihood_rolling", (TEXT,))
-    options = {"batch_size": 1, "device": "cuda:0"}
-    scores = {}
-    for selection, device in (("dynamic", "cpu"), ("none", "cuda")):
-        text = f"pretrained={tiny_artifact_dir},selection={selection}"
-        lm = DecDECLM.create_from_arg_string(text, options)
-        assert lm.model.device.type == device
-        scores[selection] = lm.loglikelihood_rolling(request, disable_tqdm=True)
-    here = load(tiny_artifact_dir, selection="none").loglikelihood_rolling(request, disable_tqdm=True)
-    assert scores["none"] == pytest.approx(here, rel=1e-3)
-    assert scores["dynamic"] != pytest.approx(here, rel=1e-3)
+    for selection in ("none", "static", "exact", "dynamic", "random"):
+        text = f"pretrained={tiny_artifact_dir},selection={selection},dtype=float32"
+        lm = DecDECLM.create_from_arg_string(text, {"batch_size": 1, "device": "cuda:0"})
+        assert lm.model.device.type == "cuda"
+        here = load(tiny_artifact_dir, selection=selection).loglikelihood_rolling(request, disable_tqdm=True)
+        there = lm.loglikelihood_rolling(request, disable_tqdm=True)
+        assert there == pytest.approx(here, rel=1e-3)
 
 
 def test_hflm_arguments_are_known(tiny_artifact_dir: Path, recwarn: pytest.WarningsRecorder) -> None:

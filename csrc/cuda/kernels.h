@@ -1,0 +1,85 @@
+// The CUDA kernels as seen from the host: raw pointers, numbers and a stream; no torch, no checks.
+// Each call launches on `stream` and returns what the launch returned.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace decdec::cuda {
+
+enum class Scalar { float32, float16, bfloat16 };
+enum class Format { uniform, codebook };
+
+// x: (tokens, in_features), contiguous.
+struct Activations {
+  const void* data;
+  Scalar scalar;
+  int tokens;
+  int in_features;
+};
+
+// How channels are chosen. listed: `indices` holds rows of `count` channels, `stride` apart, 0 where all tokens
+// share one row. floors: the bucket floors as bit patterns, passed by value so that they cost no memory.
+struct Selection {
+  enum class Kind { listed, topk, buckets, random };
+  Kind kind;
+  int k_chunk;
+  uint64_t seed;
+  int floors[32];
+  const int32_t* indices;
+  int count;
+  int64_t stride;
+};
+
+// codes: (in_features, channel_bytes(out_features, bits)) and scale: (out_features,), in device memory or in
+// pinned host memory that the device can read.
+struct Residual {
+  const void* codes;
+  const float* scale;
+  int bits;
+};
+
+// tiles: the weight in the kernels' order (packing.py); table: of the codebook format; bias may be null.
+struct Weight {
+  const void* tiles;
+  const void* table;
+  const float* bias;
+  Format format;
+  int bits;
+  int out_features;
+};
+
+// Writes indices (tokens, row_budget).
+cudaError_t select(const Activations& x, const Selection& selection, int32_t* indices, cudaStream_t stream);
+
+// y (tokens, out_features) += what the listed channels contribute.
+cudaError_t compensate(const Activations& x, const Selection& listed, const Residual& residual, int out_features,
+                       float* y, cudaStream_t stream);
+
+// dense (out_features, in_features) in the activations' type.
+cudaError_t dequantize(const Weight& weight, int in_features, Scalar scalar, void* dense, cudaStream_t stream);
+
+// The shape of a launch of `linear`. Every field follows from the device, the weight and n_tb.
+struct Plan {
+  int base_blocks;      // that stream the weight
+  int tiles_each;       // tiles of such a block
+  int compensation_blocks;
+  bool overlap;         // with the end of the launch before it
+  int64_t slots;        // floats of workspace
+};
+
+cudaError_t plan(const Weight& weight, const Activations& x, int n_tb, Plan* result);
+
+// y (tokens, out_features) = the product, plus the compensation where residual is not null. 1 to 8 tokens; any
+// selection but random.
+// workspace: plan.slots words, each kEmpty before and after.
+cudaError_t linear(const Weight& weight, const Activations& x, const Selection* selection,
+                   const Residual* residual, const Plan& plan, void* y, float* workspace, cudaStream_t stream);
+
+// The bit pattern of a workspace word that no value has reached yet; a NaN that no sum is stored as.
+constexpr uint32_t kEmpty = 0xffffffffu;
+
+constexpr int kMaxTokens = 8;
+
+}  // namespace decdec::cuda

@@ -1,0 +1,93 @@
+// Launches of the product (product.cuh), for every type, format and width.
+#include "product.cuh"
+
+namespace decdec::cuda {
+namespace {
+
+// Calls work(kernel, shared_bytes_of, tile_bytes) for the kernel that serves.
+template <typename T, Format kFormat, typename Work>
+cudaError_t with_bits(int bits, int tokens, const Work& work) {
+  switch (bits) {
+    case 2: return work(linear_kernel<T, kFormat, 2>, shared_bytes<kFormat, 2>(tokens));
+    case 3: return work(linear_kernel<T, kFormat, 3>, shared_bytes<kFormat, 3>(tokens));
+    case 4: return work(linear_kernel<T, kFormat, 4>, shared_bytes<kFormat, 4>(tokens));
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <typename Work>
+cudaError_t with_kernel(const Weight& weight, const Activations& x, const Work& work) {
+  const bool uniform = weight.format == Format::uniform, half = x.scalar == Scalar::float16;
+  if (x.scalar == Scalar::float32) return cudaErrorInvalidValue;
+  if (uniform && half) return with_bits<__half, Format::uniform>(weight.bits, x.tokens, work);
+  if (uniform) return with_bits<__nv_bfloat16, Format::uniform>(weight.bits, x.tokens, work);
+  if (half) return with_bits<__half, Format::codebook>(weight.bits, x.tokens, work);
+  return with_bits<__nv_bfloat16, Format::codebook>(weight.bits, x.tokens, work);
+}
+
+int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+// Asked for anew at each launch: it costs under a microsecond, and a process may use several devices.
+template <typename Kernel>
+cudaError_t prepare(Kernel kernel, size_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+}  // namespace
+
+cudaError_t plan(const Weight& weight, const Activations& x, int n_tb, Plan* result) {
+  return with_kernel(weight, x, [&](auto kernel, size_t bytes) {
+    int device, processors, per_processor, major;
+    cudaError_t error = prepare(kernel, bytes);
+    if (error == cudaSuccess) error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, bytes);
+    }
+    if (error != cudaSuccess) return error;
+    const int slabs = divide_up(weight.out_features, kSlab), tiles = slabs * divide_up(x.in_features, kDepth);
+    // as many blocks as there is room for, but a warp's tiles cannot be split: all warps get equally many
+    const int room = per_processor * processors > n_tb ? per_processor * processors - n_tb : 1;
+    result->tiles_each = divide_up(tiles, room * kWarps) * kWarps;
+    result->base_blocks = divide_up(tiles, result->tiles_each);
+    result->compensation_blocks = n_tb;
+    result->overlap = major >= 9;
+    result->slots = int64_t{x.tokens} * kSlab * (result->base_blocks + (n_tb > 0 ? slabs : 0));
+    return cudaSuccess;
+  });
+}
+
+cudaError_t linear(const Weight& weight, const Activations& x, const Selection* selection,
+                   const Residual* residual, const Plan& plan, void* y, float* workspace, cudaStream_t stream) {
+  Work work{};
+  work.x = x;
+  work.weight = weight;
+  if (selection != nullptr) work.selection = *selection;
+  if (residual != nullptr) work.residual = *residual;
+  work.slabs = divide_up(weight.out_features, kSlab);
+  work.depth = divide_up(x.in_features, kDepth);
+  work.base_blocks = plan.base_blocks;
+  work.tiles_each = plan.tiles_each;
+  work.compensation_blocks = plan.compensation_blocks;
+  work.y = y;
+  work.shares = workspace;
+  work.compensation = workspace + int64_t{plan.base_blocks} * x.tokens * kSlab;
+  return with_kernel(weight, x, [&](auto kernel, size_t bytes) {
+    cudaLaunchAttribute overlap;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t shape{};
+    shape.gridDim = plan.compensation_blocks + plan.base_blocks;
+    shape.blockDim = kThreads;
+    shape.dynamicSmemBytes = bytes;
+    shape.stream = stream;
+    shape.attrs = &overlap;
+    shape.numAttrs = plan.overlap ? 1 : 0;
+    return cudaLaunchKernelEx(&shape, kernel, work);
+  });
+}
+
+}  // namespace decdec::cuda

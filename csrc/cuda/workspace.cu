@@ -1,0 +1,117 @@
+#include "workspace.h"
+
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace decdec::cuda {
+namespace {
+
+constexpr int64_t kLeastWords = 1 << 16;
+
+struct Block {
+  int device;
+  float* words;
+  int64_t count;
+};
+
+using Key = std::tuple<int, cudaStream_t, unsigned long long>;  // device, stream, capture (0: none)
+
+struct State {
+  std::mutex mutex;
+  std::map<Key, Block> in_use;
+  std::vector<Block> idle;  // of graphs that are gone
+};
+
+State& state() {
+  static State* const forever = new State;  // graphs may outlive static objects
+  return *forever;
+}
+
+struct Lease {
+  Key key;
+  Block block;
+};
+
+// A graph's last word; must not call CUDA.
+void end_lease(void* data) {
+  Lease* const lease = static_cast<Lease*>(data);
+  {
+    const std::lock_guard<std::mutex> lock(state().mutex);
+    const auto held = state().in_use.find(lease->key);
+    if (held != state().in_use.end() && held->second.words == lease->block.words) state().in_use.erase(held);
+    state().idle.push_back(lease->block);
+  }
+  delete lease;
+}
+
+cudaError_t allocate(int64_t count, float** words) {
+  cudaError_t error = cudaMalloc(words, count * sizeof(float));
+  cudaStream_t own = nullptr;  // which waits for nobody, whatever is being captured
+  if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking);
+  if (error == cudaSuccess) {
+    error = cudaMemsetAsync(*words, 0xff, count * sizeof(float), own);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(own);
+    cudaStreamDestroy(own);
+  }
+  return error;
+}
+
+cudaError_t idle_or_new(int device, int64_t least, Block* block) {
+  auto& idle = state().idle;
+  for (auto candidate = idle.begin(); candidate != idle.end(); ++candidate) {
+    if (candidate->device == device && candidate->count >= least) {
+      *block = *candidate;
+      idle.erase(candidate);
+      return cudaSuccess;
+    }
+  }
+  int64_t count = kLeastWords;
+  while (count < least) count *= 2;
+  *block = {device, nullptr, count};
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  const cudaError_t error = allocate(count, &block->words);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  return error;
+}
+
+}  // namespace
+
+cudaError_t workspace_of(cudaStream_t stream, int64_t words, float** workspace) {
+  int device;
+  cudaStreamCaptureStatus status;
+  unsigned long long capture = 0;
+  cudaGraph_t graph = nullptr;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaStreamGetCaptureInfo(stream, &status, &capture, &graph);
+  if (error != cudaSuccess) return error;
+  const bool capturing = status == cudaStreamCaptureStatusActive;
+  const Key key{device, stream, capturing ? capture : 0};
+
+  const std::lock_guard<std::mutex> lock(state().mutex);
+  const auto held = state().in_use.find(key);
+  if (held != state().in_use.end() && held->second.count >= words) {
+    *workspace = held->second.words;
+    return cudaSuccess;
+  }
+  Block block;
+  error = idle_or_new(device, words, &block);
+  if (error != cudaSuccess) return error;
+  if (capturing) {
+    cudaUserObject_t object;
+    error = cudaUserObjectCreate(&object, new Lease{key, block}, end_lease, 1, cudaUserObjectNoDestructorSync);
+    if (error == cudaSuccess) error = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
+    if (error != cudaSuccess) return error;
+  } else if (held != state().in_use.end()) {
+    cudaFree(held->second.words);  // waits for the launches that use it
+  }
+  state().in_use[key] = block;
+  *workspace = block.words;
+  return cudaSuccess;
+}
+
+}  // namespace decdec::cuda

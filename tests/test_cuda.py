@@ -1,0 +1,276 @@
+"""The CUDA kernels against oracles in float64: odd sizes, fresh inputs, poisoned outputs, graphs, streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from decdec_core import kernels, ops
+from decdec_core.config import DecDECError, ResidualQuant, WeightQuant, total_channels
+from decdec_core.linear import DecLinear
+from decdec_core.ops import Selection, TiledWeight
+from decdec_core.packing import DEPTH, pack_table, pack_tiles, unpack_channels
+from decdec_core.quantize.uniform import quantize
+from decdec_core.residuals import QuantizedResidual, quantize_residual
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+# sums are carried in float32; what is left is the rounding of weights and of y to the activations' dtype
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SHAPES = [(32, 32), (576, 1536), (1056, 96), (2080, 4128)]
+KINDS = ("exact", "dynamic", "random", "static")
+
+
+def draw_weight(
+    in_features: int, out_features: int, bits: int, kind: str, dtype: torch.dtype, bias: bool
+) -> Any:
+    """Return a weight for the kernels and the same in float64."""
+    codes = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8, device="cuda")
+    added = torch.randn(out_features, device="cuda") if bias else None
+    if kind == "codebook":
+        values = torch.randn(out_features, 2**bits, device="cuda").to(dtype)
+        tiles, table = pack_tiles(codes, bits), pack_table(values)
+        exact = values.double().gather(1, codes.long())
+        return TiledWeight(tiles, bits, out_features, in_features, table, added), exact
+    groups = (out_features, -(-in_features // DEPTH))
+    scales = (torch.rand(groups, device="cuda") * 0.01 + 1e-3).half()
+    zeros = torch.randint(0, 2**bits, groups, dtype=torch.uint8, device="cuda")
+    group = torch.arange(in_features, device="cuda") // DEPTH
+    exact = (codes.double() - zeros.double()[:, group]) * scales.double()[:, group]
+    return TiledWeight(
+        pack_tiles(codes, bits, scales, zeros), bits, out_features, in_features, bias=added
+    ), exact
+
+
+def draw_x(tokens: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Return activations with channels that stand out."""
+    return (torch.randn(tokens, in_features) * torch.randn(in_features).exp()).to(dtype).cuda()
+
+
+def draw_residual(in_features: int, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return pinned codes and scale, and the residual (in, out) in float64 on the GPU."""
+    codes = torch.randint(0, 256, (in_features, out_features // 2), dtype=torch.uint8).pin_memory()
+    scale = (torch.rand(out_features) * 0.01).pin_memory()
+    exact = unpack_channels(codes, 4, out_features).T.double() * scale.double()
+    return codes, scale, exact.cuda()
+
+
+def selection_of(kind: str, k_chunk: int, x: Tensor) -> Selection:
+    count = total_channels(x.shape[1], k_chunk)
+    if kind == "dynamic":
+        largest = x.float().abs().sort(1, descending=True).values.amax(0).cpu()
+        return Selection(
+            kind, k_chunk, floors=ops.bucket_floors(largest[0].item(), largest[count - 1].item())
+        )
+    if kind == "static":
+        return Selection(kind, k_chunk, indices=torch.randperm(x.shape[1])[:count].int()[None].cuda())
+    return Selection(kind, k_chunk, seed=7)
+
+
+def compensation(x: Tensor, indices: Tensor, residual: Tensor) -> Tensor:
+    chosen = indices.long().expand(x.shape[0], -1)
+    kept = torch.zeros_like(x, dtype=torch.float64)
+    return kept.scatter_(1, chosen, x.double().gather(1, chosen)) @ residual
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", ["uniform", "codebook"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("shape", "tokens"), [*zip(SHAPES, (1, 3, 8, 5), strict=True)], ids=str)
+def test_product(shape: tuple[int, int], tokens: int, bits: int, kind: str, dtype: torch.dtype) -> None:
+    weight, exact = draw_weight(*shape, bits, kind, dtype, bias=tokens > 1)
+    x = draw_x(tokens, shape[0], dtype)
+    wanted = x.double() @ exact.T + (0 if weight.bias is None else weight.bias.double())
+    assert relative_error(ops.linear(x, weight), wanted) < TOLERANCE[dtype]
+    assert relative_error(ops.linear_ref(x, weight), wanted) < TOLERANCE[dtype]
+    assert relative_error(ops.dequantize(weight, dtype), exact) < TOLERANCE[dtype]
+    if kind == "uniform" or dtype == torch.float16:
+        assert torch.equal(ops.dequantize(weight, torch.float32), ops.dequantize_ref(weight, torch.float32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("k_chunk", "n_tb"), [(1, 1), (8, 16), (100, 3), (1024, 2)])
+@pytest.mark.parametrize(("shape", "tokens"), [*zip(SHAPES, (1, 3, 8, 5), strict=True)], ids=str)
+def test_product_and_compensation(
+    shape: tuple[int, int], tokens: int, k_chunk: int, n_tb: int, kind: str
+) -> None:
+    if total_channels(shape[0], k_chunk) == 0:
+        pytest.skip("no channel of so few")
+    weight, exact = draw_weight(*shape, 3, "uniform", torch.float16, bias=False)
+    x = draw_x(tokens, shape[0], torch.float16)
+    codes, scale, residual = draw_residual(*shape)
+    selection = selection_of(kind, k_chunk, x)
+    wanted = x.double() @ exact.T + compensation(x, selection(x), residual)
+    got = ops.linear(x, weight, selection, codes, scale, n_tb)
+    assert relative_error(got, wanted) < TOLERANCE[torch.float16]
+    for _ in range(3):
+        assert torch.equal(ops.linear(x, weight, selection, codes, scale, n_tb), got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *TOLERANCE], ids=str)
+@pytest.mark.parametrize("kind", ["exact", "dynamic", "random"])
+@pytest.mark.parametrize(
+    ("in_features", "k_chunk"), [(1, 1024), (33, 100), (576, 16), (1000, 1), (14336, 64)]
+)
+def test_selection_is_the_cpus(in_features: int, k_chunk: int, kind: str, dtype: torch.dtype) -> None:
+    x = draw_x(5, in_features, dtype)
+    x[1] = 0
+    x[2] = -1
+    x[3, :: max(1, in_features // 40)] = torch.nan
+    x[4, :: max(1, in_features // 40)] = torch.inf
+    selection = (
+        selection_of(kind, k_chunk, draw_x(5, in_features, dtype))
+        if kind == "dynamic"
+        else (Selection(kind, k_chunk, seed=3))
+    )
+    assert torch.equal(selection(x).cpu(), selection(x.cpu()))
+
+
+@pytest.mark.parametrize("place", ["pinned", "device"])
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize(
+    ("in_features", "out_features", "tokens"), [(576, 192, 3), (1056, 4160, 40), (32, 64, 1)]
+)
+def test_compensation(in_features: int, out_features: int, tokens: int, bits: int, place: str) -> None:
+    kept = quantize_residual(torch.randn(out_features, in_features) * 0.01, ResidualQuant(bits)).pinned()
+    codes, scale = (t.cuda() if place == "device" else t for t in (kept.codes, kept.scale))
+    x = draw_x(tokens, in_features, torch.float16)
+    indices = ops.select_topk(x, 300)
+    y = torch.randn(tokens, out_features, device="cuda")
+    wanted = y.clone().cpu()
+    ops.compensate_ref(x.cpu(), indices.cpu(), kept.codes, kept.scale, bits, wanted)
+    ops.compensate(x, indices, codes, scale, bits, y)
+    assert relative_error(y.cpu(), wanted) < 1e-5
+
+
+def test_nan_and_infinity_come_out() -> None:
+    weight, _ = draw_weight(1056, 96, 3, "uniform", torch.float16, bias=False)
+    codes, scale, _ = draw_residual(1056, 96)
+    for value in (torch.nan, torch.inf):
+        x = draw_x(2, 1056, torch.float16)
+        x[1, 17] = value
+        y = ops.linear(x, weight, Selection("exact", 16), codes, scale)
+        assert y[0].isfinite().all()
+        assert not y[1].isfinite().any()
+
+
+def test_a_graph_replayed_with_other_inputs_is_eager() -> None:
+    shape = (576, 1536)
+    weight, _ = draw_weight(*shape, 3, "uniform", torch.float16, bias=False)
+    codes, scale, _ = draw_residual(*shape)
+    x = draw_x(1, shape[0], torch.float16)
+    selection = selection_of("dynamic", 16, x)
+    graph = torch.cuda.CUDAGraph()
+    ops.linear(x, weight, selection, codes, scale)
+    with torch.cuda.graph(graph):
+        y = ops.linear(x, weight, selection, codes, scale)
+    for _ in range(100):
+        x.copy_(draw_x(1, shape[0], torch.float16))
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, ops.linear(x, weight, selection, codes, scale))
+
+
+def test_two_streams_at_once() -> None:
+    shape = (2080, 4128)
+    codes, scale, _ = draw_residual(*shape)
+    work = []
+    for _ in range(2):
+        weight, _ = draw_weight(*shape, 3, "uniform", torch.float16, bias=False)
+        x = draw_x(2, shape[0], torch.float16)
+        work.append((x, weight, selection_of("dynamic", 16, x)))
+    wanted = [ops.linear(x, w, s, codes, scale) for x, w, s in work]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in work]
+    got: list[list[Tensor]] = [[], []]
+    for _ in range(50):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                x, w, s = work[i]
+                got[i].append(ops.linear(x, w, s, codes, scale))
+    torch.cuda.synchronize()
+    for i in range(2):
+        assert all(torch.equal(y, wanted[i]) for y in got[i])
+
+
+def make_layer(in_features: int = 576, out_features: int = 192, bits: int = 3) -> DecLinear:
+    config = WeightQuant("rtn", bits)
+    weight = torch.randn(out_features, in_features) * 0.05
+    packed = quantize(weight, config)
+    layer = DecLinear(in_features, out_features, config, bias=True)
+    layer.codes, layer.scales, layer.zeros = packed.codes, packed.scales, packed.zeros
+    layer.bias = torch.randn(out_features)
+    layer.residual = quantize_residual(weight - layer.dequantize(), ResidualQuant(4))
+    return layer
+
+
+@pytest.mark.parametrize("bits", [3, 5])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_layer_is_the_cpus(tokens: int, dtype: torch.dtype, bits: int) -> None:
+    layer = make_layer(bits=bits)
+    layer.selection = Selection("exact", 16)
+    x = draw_x(tokens, 576, dtype).cpu()
+    wanted = layer(x.float())
+    logical = {name: t.clone() for name, t in layer.state_dict().items()}
+    there = layer.cuda()
+    assert relative_error(there(x.cuda()).cpu(), wanted) < (1e-5 if dtype == torch.float32 else 2e-3)
+    assert isinstance(there.residual, QuantizedResidual)
+    assert there.residual.codes.is_pinned()
+    assert there.residual.codes.device.type == "cpu"
+    back = there.cpu()
+    assert all(torch.equal(t, logical[name]) for name, t in back.state_dict().items())
+
+
+def test_compiled_whole() -> None:
+    layer = make_layer().cuda()
+    layer.selection = Selection("exact", 16)
+    x = draw_x(1, 576, torch.float16)
+    wanted = layer(x)
+    assert torch.equal(torch.compile(layer, fullgraph=True)(x), wanted)
+
+
+def test_ops_declare_what_they_do() -> None:
+    weight, _ = draw_weight(576, 192, 3, "uniform", torch.float16, bias=False)
+    codes, scale = (
+        t.cuda() for t in draw_residual(576, 192)[:2]
+    )  # the checks make copies, which are not pinned
+    x = draw_x(2, 576, torch.float16)
+    kernels.require_cuda(x.device)
+    dense = torch.empty(192, 576, dtype=torch.float16, device="cuda")
+    y = torch.empty(2, 192, dtype=torch.float16, device="cuda")
+    checks = ("test_schema", "test_faketensor")
+    opcheck = torch.library.opcheck
+    opcheck(torch.ops.decdec.dequantize.default, (weight.tiles, None, 3, dense), test_utils=checks)
+    arguments = (x, weight.tiles, None, None, 3, codes, scale, "exact", None, None, 0, 16, 4, y)
+    opcheck(torch.ops.decdec.linear.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": (9, 576)}, "tokens must be 1..8, got 9"),
+        ({"x": (1, 560)}, "in must be a multiple of 32 on a GPU, got 560"),
+        ({"x": (1, 640)}, r"tiles must be \(6, 5, 416\), got \(6, 5, 416\)|codes must be"),
+        ({"codes": "pageable"}, "codes must be on cuda:0 or in pinned host memory, got cpu"),
+        ({"n_tb": 0}, "n_tb must be 1..1024, got 0"),
+        ({"dtype": torch.float32}, "x must be float16 or bfloat16 on a GPU"),
+    ],
+)
+def test_linear_refuses(changed: dict[str, Any], message: str) -> None:
+    weight, _ = draw_weight(576, 192, 3, "uniform", torch.float16, bias=False)
+    codes, scale, _ = draw_residual(576, 192)
+    x = draw_x(*changed.get("x", (1, 576)), changed.get("dtype", torch.float16))
+    if changed.get("codes") == "pageable":
+        codes = codes.clone()
+    with pytest.raises(DecDECError, match=message):
+        ops.linear(x, weight, Selection("exact", 16), codes, scale, changed.get("n_tb", 8))
