@@ -238,20 +238,30 @@ class TiledWeight:
     bias: Tensor | None = None
 
 
+def default_n_tb(out_features: int) -> int:
+    """Return the thread blocks that fetch residuals where nobody says: 12 to 23, for large layers.
+
+    Each then fetches a power of two of 16-byte units of every channel, whole lines of memory.
+    """
+    units = max(1, out_features // 32)
+    of_block = 1 << max(0, (units // 12).bit_length() - 1)
+    return -(-units // of_block)
+
+
 def linear(
     x: Tensor,
     weight: TiledWeight,
     selection: Selection | None = None,
     codes: Tensor | None = None,
     scale: Tensor | None = None,
-    n_tb: int = 16,
+    n_tb: int | None = None,
 ) -> Tensor:
     """Return the low-bit product and, where `selection` is given, its compensation, in one launch.
 
     x: (tokens, in) float16 or bfloat16, 1 to 8 tokens, in a multiple of 32. codes (in, out / 2) uint8, 4-bit,
     and scale (out,) float32: the residual as in `compensate`, on x's device or in pinned host memory; out a
-    multiple of 32. n_tb: thread blocks that fetch. Returns (tokens, out) of x's dtype; sums are carried in
-    float32. On a CPU the twin serves. Refused input raises DecDECError.
+    multiple of 32. n_tb: thread blocks that fetch; None leaves it to default_n_tb. Returns (tokens, out) of x's
+    dtype; sums are carried in float32. On a CPU the twin serves. Refused input raises DecDECError.
     """
     if x.device.type != "cuda":
         return linear_ref(x, weight, selection, codes, scale)
@@ -259,10 +269,11 @@ def linear(
     y = x.new_empty((x.shape[0], weight.out_features))
     fetched = (codes, scale) if selection is not None else (None, None)
     how = selection or Selection("exact", 0)
+    blocks = default_n_tb(weight.out_features) if n_tb is None else n_tb
     try:
         torch.ops.decdec.linear.default(
             *(x, weight.tiles, weight.table, weight.bias, weight.bits, *fetched),
-            *(how.kind, how.indices, how.floors, how.seed, how.k_chunk, n_tb, y),
+            *(how.kind, how.indices, how.floors, how.seed, how.k_chunk, blocks, y),
         )
     except ValueError as error:
         raise DecDECError(str(error)) from None
@@ -275,7 +286,7 @@ def linear_ref(
     selection: Selection | None = None,
     codes: Tensor | None = None,
     scale: Tensor | None = None,
-    n_tb: int = 16,
+    n_tb: int | None = None,
 ) -> Tensor:
     """Return the low-bit product and, where `selection` is given, its compensation: the twin of linear.
 

@@ -145,9 +145,10 @@ __device__ inline void compensate_slab(const T* row, int in_features, const Sele
   }
   copies_wait<0>();
   __syncthreads();
+#pragma unroll 4
   for (int i = threadIdx.x; i < count * kOutputs; i += kThreads) {
     float sum = 0.f;
-#pragma unroll 8
+#pragma unroll 4
     for (int l = 0; l < lanes; ++l) sum += shared.sums[i % kOutputs][l * count + i / kOutputs];
     put(first_unit * kOutputs + i, sum * shared.scale[i]);
   }

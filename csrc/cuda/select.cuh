@@ -56,21 +56,18 @@ struct HalfKeys {
 
   __device__ uint32_t reached(int pair, uint32_t candidate) const { return pairs[pair] - candidate * 0x10001u; }
 
-  __device__ int count(uint32_t candidate) const {
-    uint32_t even = 0, odd = 0;
-#pragma unroll
-    for (int i = 0; i < kOfLane / 2; i += 2) {
-      even += reached(i, candidate) >> 15 & 0x10001u;
-      odd += reached(i + 1, candidate) >> 15 & 0x10001u;
-    }
-    even += odd;
-    return (even & 0xffff) + (even >> 16);
-  }
-
-  __device__ uint32_t reach(uint32_t candidate) const {
-    uint32_t mask = 0;  // even channels in the lower half, odd ones in the upper
+  // Even channels in the lower half, odd ones in the upper.
+  __device__ uint32_t reach_by_parity(uint32_t candidate) const {
+    uint32_t mask = 0;
 #pragma unroll
     for (int i = 0; i < kOfLane / 2; ++i) mask |= reached(i, candidate) >> (15 - i) & 0x10001u << i;
+    return mask;
+  }
+
+  __device__ int count(uint32_t candidate) const { return __popc(reach_by_parity(candidate)); }
+
+  __device__ uint32_t reach(uint32_t candidate) const {
+    uint32_t mask = reach_by_parity(candidate);
     // one channel after the other
     mask = (mask & 0xff0000ffu) | (mask & 0x00ff0000u) >> 8 | (mask & 0x0000ff00u) << 8;
     mask = (mask & 0xf00ff00fu) | (mask & 0x0f000f00u) >> 4 | (mask & 0x00f000f0u) << 4;
