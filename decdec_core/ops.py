@@ -260,8 +260,8 @@ def linear(
 
     x: (tokens, in) float16 or bfloat16, 1 to 8 tokens, in a multiple of 32. codes (in, out / 2) uint8, 4-bit,
     and scale (out,) float32: the residual as in `compensate`, on x's device or in pinned host memory; out a
-    multiple of 32. n_tb: thread blocks that fetch; None leaves it to default_n_tb. Returns (tokens, out) of x's
-    dtype; sums are carried in float32. On a CPU the twin serves. Refused input raises DecDECError.
+    multiple of 32. n_tb: thread blocks that fetch; None leaves it to default_n_tb. Returns (tokens, out) of
+    x's dtype; sums are carried in float32. On a CPU the twin serves. Refused input raises DecDECError.
     """
     if x.device.type != "cuda":
         return linear_ref(x, weight, selection, codes, scale)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from decdec_core import kernels, ops
 from decdec_core.config import CHUNK, DecDECError, channels_per_chunk, total_channels
-from decdec_core.packing import channel_bytes, unpack_channels
+from decdec_core.packing import channel_bytes, pack_table, pack_tiles, unpack_channels
 
 SIZES = (1, 31, 576, 1000, 1032, 1536, 2100)
 K_CHUNKS = (0, 1, 16, 1000, 1024)
@@ -417,3 +417,32 @@ def test_compensation_refuses(compute: Callable[..., None], changed: dict[str, A
     arguments["y"] = torch.zeros(3, 7)
     with pytest.raises(DecDECError, match=message):
         compute(**(arguments | changed))
+
+
+@pytest.mark.parametrize(
+    ("out_features", "wanted"), [(32, 1), (192, 6), (4096, 16), (6144, 12), (28672, 14), (57344, 14)]
+)
+def test_blocks_that_fetch_whole_lines(out_features: int, wanted: int) -> None:
+    assert ops.default_n_tb(out_features) == wanted
+    units = out_features // 32
+    assert units % wanted == 0
+    assert (units // wanted).bit_count() == 1
+
+
+@pytest.mark.parametrize("kind", ["uniform", "codebook"])
+def test_the_twin_of_the_product_adds_bias_and_compensation(kind: str, draw: torch.Generator) -> None:
+    codes = torch.randint(0, 8, (96, 160), dtype=torch.uint8, generator=draw)
+    scales, zeros = torch.rand(96, 2, generator=draw).half(), torch.full((96, 2), 3, dtype=torch.uint8)
+    values, bias = torch.randn(96, 8, generator=draw).half(), torch.randn(96, generator=draw)
+    if kind == "uniform":
+        weight = ops.TiledWeight(pack_tiles(codes, 3, scales, zeros), 3, 96, 160, bias=bias)
+        exact = (codes.double() - 3) * scales.double().repeat_interleave(128, 1)[:, :160]
+    else:
+        weight = ops.TiledWeight(pack_tiles(codes, 3), 3, 96, 160, pack_table(values), bias)
+        exact = values.double().gather(1, codes.long())
+    residual, scale = torch.randint(0, 256, (160, 48), dtype=torch.uint8, generator=draw), torch.rand(96)
+    x = torch.randn(2, 160, generator=draw).half()
+    selection = ops.Selection("exact", 1024)
+    wanted = x.double() @ (exact + unpack_channels(residual, 4, 96).double() * scale.double()[:, None]).T
+    got = ops.linear(x, weight, selection, residual, scale).double()
+    assert (got - wanted - bias.double()).norm() < 1e-3 * wanted.norm()  # y is in float16

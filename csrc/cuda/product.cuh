@@ -38,7 +38,7 @@ constexpr int kStages = 4;
 template <Format kFormat, int kBits>
 constexpr int kTileBytes = kSlab * kDepth * kBits / 8 + (kFormat == Format::uniform ? kSlab * 4 : 0);
 
-constexpr int kSlots = 4;  // slabs that the warps of a block may be apart, and that a block holds until its end
+constexpr int kSlots = 4;  // slabs whose sums a block holds until its end
 
 // A tile, and behind it the inputs that go with it.
 template <Format kFormat, int kBits>
@@ -181,10 +181,6 @@ __device__ inline void add_tile(Sums& sums, const char* stage, const uint32_t* t
   }
 }
 
-// Seven warps of a block arrive, one waits for them; at most kSlots such meetings at a time.
-__device__ inline void arrive(int slot) { asm volatile("bar.arrive %0, %1;" ::"r"(1 + slot), "n"(kThreads) : "memory"); }
-__device__ inline void await(int slot) { asm volatile("bar.sync %0, %1;" ::"r"(1 + slot), "n"(kThreads) : "memory"); }
-
 template <typename T, Format kFormat, int kBits>
 struct Product {
   static constexpr int kTile = kTileBytes<kFormat, kBits>;
@@ -261,12 +257,8 @@ struct Product {
       }
       const int slot = slab % kSlots;
       leave(sums, slot);
-      if (warp == slab % kWarps) {
-        await(slot);
-        meet(slab);
-      } else {
-        arrive(slot);
-      }
+      __syncthreads();
+      if (warp == slab % kWarps) meet(slab);  // the others go on, to another slot
       if (slab + 1 - unwritten == kSlots) {
         write(unwritten, slab + 1);
         unwritten = slab + 1;
