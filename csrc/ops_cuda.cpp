@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "checks.h"
@@ -228,13 +229,23 @@ void linear(const at::Tensor& x, const at::Tensor& tiles, const OptionalTensor& 
   }
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const cuda::Activations tokens = activations(x);
-  cuda::Plan plan;
-  float* workspace;
-  C10_CUDA_CHECK(cuda::plan(weight, tokens, compensated ? static_cast<int>(n_tb) : 0, &plan));
-  C10_CUDA_CHECK(cuda::workspace_of(stream, plan.slots, &workspace));
-  C10_CUDA_CHECK(cuda::linear(weight, tokens, compensated ? &how : nullptr, compensated ? &residual : nullptr, plan,
-                              y.mutable_data_ptr(), workspace, stream));
+  cuda::Activations tokens = activations(x);
+  int at_once;
+  C10_CUDA_CHECK(cuda::tokens_at_once(weight, tokens, &at_once));
+  const int64_t item = x.element_size(), all = x.size(0);
+  for (int64_t first = 0; first < all; first += at_once) {
+    tokens.data = static_cast<const char*>(x.const_data_ptr()) + first * x.size(1) * item;
+    tokens.tokens = static_cast<int>(std::min<int64_t>(at_once, all - first));
+    cuda::Selection some = how;
+    if (some.indices != nullptr) some.indices += first * some.stride;
+    cuda::Plan plan;
+    float* workspace;
+    C10_CUDA_CHECK(cuda::plan(weight, tokens, compensated ? static_cast<int>(n_tb) : 0, &plan));
+    C10_CUDA_CHECK(cuda::workspace_of(stream, plan.slots, &workspace));
+    C10_CUDA_CHECK(cuda::linear(weight, tokens, compensated ? &some : nullptr, compensated ? &residual : nullptr, plan,
+                                static_cast<char*>(y.mutable_data_ptr()) + first * y.size(1) * item, workspace,
+                                stream));
+  }
 }
 
 }  // namespace

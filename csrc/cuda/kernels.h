@@ -69,6 +69,10 @@ struct Plan {
   int64_t slots;        // floats of workspace
 };
 
+// Tokens that one launch takes on this device: kMaxTokens, or fewer where a block gets little shared memory (99 KB on
+// compute capability 8.6, 8.9 and 12.0).
+cudaError_t tokens_at_once(const Weight& weight, const Activations& x, int* tokens);
+
 cudaError_t plan(const Weight& weight, const Activations& x, int n_tb, Plan* result);
 
 // y (tokens, out_features) = the product, plus the compensation where residual is not null. 1 to 8 tokens; any

@@ -35,6 +35,25 @@ cudaError_t prepare(Kernel kernel, size_t bytes) {
 
 }  // namespace
 
+cudaError_t tokens_at_once(const Weight& weight, const Activations& x, int* tokens) {
+  int device, most;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  Activations some = x;
+  size_t needed = 0;
+  for (some.tokens = kMaxTokens; some.tokens > 0; --some.tokens) {
+    error = with_kernel(weight, some, [&](auto, size_t bytes) {
+      needed = bytes;
+      return cudaSuccess;
+    });
+    if (error != cudaSuccess) return error;
+    if (needed <= static_cast<size_t>(most)) break;
+  }
+  *tokens = some.tokens;
+  return some.tokens > 0 ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
 cudaError_t plan(const Weight& weight, const Activations& x, int n_tb, Plan* result) {
   return with_kernel(weight, x, [&](auto kernel, size_t bytes) {
     int device, processors, per_processor, major;
