@@ -158,6 +158,9 @@ cuda::Weight weight_of(const at::Tensor& tiles, const OptionalTensor& table, con
 void dequantize(const at::Tensor& tiles, const OptionalTensor& table, int64_t bits, at::Tensor dense) {
   DECDEC_CHECK(dense.dim() == 2 && dense.is_contiguous(), "dense", "(out, in) contiguous", dense.sizes());
   DECDEC_CHECK(dense.size(1) % 32 == 0, "in", "a multiple of 32 on a GPU", dense.size(1));
+  const at::ScalarType type = dense.scalar_type();
+  DECDEC_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, "dense",
+               "float32, float16 or bfloat16", type);
   check_on_device("dense", dense, tiles);
   const cuda::Weight weight = weight_of(tiles, table, {}, bits, dense.size(0), dense.size(1));
   if (dense.numel() == 0) return;

@@ -17,6 +17,7 @@ from decdec_core.quantize.uniform import QuantizedWeight, dequantize
 from decdec_core.residuals import QuantizedResidual
 
 _SUMS_AT_ONCE = 1 << 24  # 64 MB of float32
+_TOKENS_AT_ONCE = 1 << 15  # of one launch of `compensate`
 
 
 @dataclass
@@ -116,7 +117,7 @@ class DecLinear(nn.Module):
     def _on_gpu(self, tokens: Tensor, selection: ops.Selection | None) -> Tensor:
         self.prepare_for_gpu()
         residual, tiled = self.residual, self.tiled
-        few = tokens.shape[0] <= ops.MOST_TOKENS and tokens.dtype != torch.float32
+        few = 0 < tokens.shape[0] <= ops.MOST_TOKENS and tokens.dtype in (torch.float16, torch.bfloat16)
         if few and tiled is not None:
             if selection is None or residual is None:
                 return ops.linear(tokens, tiled)
@@ -133,7 +134,7 @@ class DecLinear(nn.Module):
             return y
         # together they want most channels, so the whole residual travels, once; their sums are bounded
         codes = residual.codes.to(tokens.device, non_blocking=True)
-        step = max(1, _SUMS_AT_ONCE // self.out_features)
+        step = min(_TOKENS_AT_ONCE, max(1, _SUMS_AT_ONCE // self.out_features))
         parts = [
             self._compensated(t, part, selection, codes)
             for t, part in zip(tokens.split(step), y.split(step), strict=True)
@@ -148,8 +149,10 @@ class DecLinear(nn.Module):
         residual, selection = self.residual, self.selection
         if residual is not None and residual is not self._pinned:
             self.residual = self._pinned = residual.pinned()
-        if selection is not None and selection.indices is not None and not selection.indices.is_cuda:
-            self.selection = replace(selection, indices=selection.indices.to(self.scales.device))
+        if selection is not None and selection.indices is not None:
+            here = self.scales.device
+            if selection.indices.device != here:
+                self.selection = replace(selection, indices=selection.indices.to(here))
         fits = self.config.bits <= 4 and self.config.group_size == DEPTH and self.in_features % 32 == 0
         if self.tiled is None and fits:
             codes = unpack_codes(self.codes, self.config.bits, self.in_features)
@@ -160,17 +163,29 @@ class DecLinear(nn.Module):
             self.codes, self.scales, self.zeros = (
                 t.new_empty(0) for t in (self.codes, self.scales, self.zeros)
             )
+            # a launch may fetch tiles before the one that precedes it has ended
+            torch.cuda.current_stream(tiles.device).synchronize()
 
-    def _leave_gpu(self) -> None:
+    def _logical(self) -> dict[str, Tensor]:
+        """Return codes, scales and zeros as on disk."""
         if self.tiled is None:
-            return
+            return {"codes": self.codes, "scales": self.scales, "zeros": self.zeros}
         codes, scales, zeros = unpack_tiles(
             self.tiled.tiles, self.config.bits, self.out_features, self.in_features, codebook=False
         )
         assert scales is not None
         assert zeros is not None
-        self.codes, self.scales, self.zeros = pack_codes(codes, self.config.bits), scales, zeros
-        self.tiled = None
+        return {"codes": pack_codes(codes, self.config.bits), "scales": scales, "zeros": zeros}
+
+    def _leave_gpu(self) -> None:
+        if self.tiled is not None:
+            for name, tensor in self._logical().items():
+                setattr(self, name, tensor)
+            self.tiled = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of pinned memory is not pinned
+        return {**self.__dict__, "_pinned": None, "_dense": None}
 
     def _base_weight(self, x: Tensor) -> Tensor:
         # decoded once: on a CPU the method is emulated, and decoding for every token would dominate
@@ -178,9 +193,10 @@ class DecLinear(nn.Module):
             self._dense = self.dequantize().to(x.dtype)
         return self._dense
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._leave_gpu()
-        super()._save_to_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.tiled is not None:
+            destination.update({prefix + name: tensor for name, tensor in self._logical().items()})
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._leave_gpu()
@@ -190,15 +206,13 @@ class DecLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._leave_gpu()
         self._dense = None
-        # the codes' scales are float16 by format: a model cast to another dtype keeps them
-        scales = self.scales
+        # their dtypes are the format's: a model cast to another keeps them
+        before = {name: getattr(self, name) for name in ("scales", "input_scale", "bias")}
         super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device)
-        for name in ("input_scale", "bias"):
-            vector = getattr(self, name)
-            if vector is not None and vector.dtype != torch.float32:
-                setattr(self, name, vector.float())
+        for name, tensor in before.items():
+            now = getattr(self, name)
+            if tensor is not None and now.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(now.device))
         if self.scales.is_cuda:
             self.prepare_for_gpu()
         return self

@@ -156,6 +156,8 @@ def compensate(x: Tensor, indices: Tensor, codes: Tensor, scale: Tensor, bits: i
     same channels in every token. codes: the residual by channel, (in, ceil(out * bits / 8)) uint8 at 2, 4
     and 8 bits, (in, out) float16 and finite at 16. scale: (out,) float32. y: (tokens, out) float32, which
     is also how the sum is carried. Refused input, an index outside 0..in - 1 among it, raises DecDECError.
+    On a GPU indices are not looked at, which would mean to wait for them, and codes and scale may be in
+    pinned host memory, to be kept until the stream is done with them.
     """
     if not _compiled_for(x):
         compensate_ref(x, indices, codes, scale, bits, y)
@@ -258,6 +260,9 @@ def linear(
 ) -> Tensor:
     """Return the low-bit product and, where `selection` is given, its compensation, in one launch.
 
+    A random selection takes a launch before; several tokens take more than one on GPUs with 99 KB of shared
+    memory for a block. The weight must be complete before the launch that precedes this one on the stream,
+    and pinned tensors be kept until the stream is done with them.
     x: (tokens, in) float16 or bfloat16, 1 to 8 tokens, in a multiple of 32. codes (in, out / 2) uint8, 4-bit,
     and scale (out,) float32: the residual as in `compensate`, on x's device or in pinned host memory; out a
     multiple of 32. n_tb: thread blocks that fetch; None leaves it to default_n_tb. Returns (tokens, out) of
@@ -266,6 +271,8 @@ def linear(
     if x.device.type != "cuda":
         return linear_ref(x, weight, selection, codes, scale)
     kernels.require_cuda(x.device)
+    if x.dim() != 2 or x.shape[1] != weight.in_features:
+        raise DecDECError(f"x must be (tokens, {weight.in_features}), got {tuple(x.shape)}")
     y = x.new_empty((x.shape[0], weight.out_features))
     fetched = (codes, scale) if selection is not None else (None, None)
     how = selection or Selection("exact", 0)

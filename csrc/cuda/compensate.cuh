@@ -24,9 +24,9 @@ constexpr int kOutputsMost = 4096;  // of a slab
 template <int kBits>
 constexpr int kUnitOutputs = 128 / kBits;
 
-// Units that one block takes at a time: so many that their scales have a place.
+// Units that one block takes at a time: so many that their scales have a place, and each unit a thread.
 template <int kBits>
-constexpr int kMaxUnits = kOutputsMost / kUnitOutputs<kBits>;
+constexpr int kMaxUnits = kOutputsMost / kUnitOutputs<kBits> < kThreads ? kOutputsMost / kUnitOutputs<kBits> : kThreads;
 
 template <int kBits>
 struct Shared {

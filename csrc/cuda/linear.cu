@@ -4,7 +4,7 @@
 namespace decdec::cuda {
 namespace {
 
-// Calls work(kernel, shared_bytes_of, tile_bytes) for the kernel that serves.
+// Calls work(kernel, bytes of shared memory) for the kernel that serves.
 template <typename T, Format kFormat, typename Work>
 cudaError_t with_bits(int bits, int tokens, const Work& work) {
   switch (bits) {
@@ -27,10 +27,14 @@ cudaError_t with_kernel(const Weight& weight, const Activations& x, const Work& 
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// Asked for anew at each launch: it costs under a microsecond, and a process may use several devices.
+// Lets the kernel have all the shared memory that a block can: always the same, so that launches from several threads
+// do not undo each other's word. Said anew at each launch: it costs under a microsecond, and there may be many devices.
 template <typename Kernel>
-cudaError_t prepare(Kernel kernel, size_t bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+cudaError_t prepare(Kernel kernel, int device) {
+  int most;
+  const cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
 }  // namespace
@@ -57,8 +61,10 @@ cudaError_t tokens_at_once(const Weight& weight, const Activations& x, int* toke
 cudaError_t plan(const Weight& weight, const Activations& x, int n_tb, Plan* result) {
   return with_kernel(weight, x, [&](auto kernel, size_t bytes) {
     int device, processors, per_processor, major;
-    cudaError_t error = prepare(kernel, bytes);
-    if (error == cudaSuccess) error = cudaGetDevice(&device);
+    cudaFuncAttributes compiled;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = prepare(kernel, device);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
     if (error == cudaSuccess) {
       error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     }
@@ -69,11 +75,13 @@ cudaError_t plan(const Weight& weight, const Activations& x, int n_tb, Plan* res
     if (error != cudaSuccess) return error;
     const int slabs = divide_up(weight.out_features, kSlab), tiles = slabs * divide_up(x.in_features, kDepth);
     // as many blocks as there is room for, but a warp's tiles cannot be split: all warps get equally many
-    const int room = per_processor * processors > n_tb ? per_processor * processors - n_tb : 1;
+    const int resident = per_processor * processors, half = (resident + 1) / 2;
+    const int room = resident - n_tb > half ? resident - n_tb : half;
     result->tiles_each = divide_up(tiles, room * kWarps) * kWarps;
     result->base_blocks = divide_up(tiles, result->tiles_each);
     result->compensation_blocks = n_tb;
-    result->overlap = major >= 9;
+    // not for code compiled for an older target, in which wait_for_previous is empty
+    result->overlap = major >= 9 && compiled.ptxVersion >= 90;
     result->slots = int64_t{x.tokens} * kSlab * (result->base_blocks + (n_tb > 0 ? slabs : 0));
     return cudaSuccess;
   });

@@ -18,7 +18,7 @@
 //   its slabs, from other blocks and from compensation, and writes y. Every sum is in fixed order.
 //
 // A block waits only for blocks of lower index, which start earlier: so there is no deadlock, however many fit.
-// That is why the runs are dealt out from the end. Nobody waits before its own work is done.
+// That is why the runs are dealt out from the end. A block waits at its own end, or after every kSlots slabs.
 //
 // Which lane holds what in a tile, for the m16n8k16 product (g = lane / 4, t = lane % 4):
 //
@@ -202,7 +202,7 @@ struct Product {
     int ahead = begin + warp, ahead_depth = ahead - first_slab * work.depth;
     const char* ahead_tile = static_cast<const char*>(work.weight.tiles) + int64_t{ahead} * kTile + lane * 16;
     const T* const row = static_cast<const T*>(work.x.data) + int64_t{lane / 4} * work.x.in_features;
-    // the first tiles do not depend on what runs before this launch; their inputs do
+    // the first tiles do not depend on the launch before this one, whose work has to be another than to write them
     if constexpr (kCodebook) fetch_tables(first_slab);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {

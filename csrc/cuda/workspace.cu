@@ -50,25 +50,34 @@ void end_lease(void* data) {
 
 cudaError_t allocate(int64_t count, float** words) {
   cudaError_t error = cudaMalloc(words, count * sizeof(float));
+  if (error != cudaSuccess) return error;
   cudaStream_t own = nullptr;  // which waits for nobody, whatever is being captured
-  if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking);
+  error = cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking);
   if (error == cudaSuccess) {
     error = cudaMemsetAsync(*words, 0xff, count * sizeof(float), own);
     if (error == cudaSuccess) error = cudaStreamSynchronize(own);
     cudaStreamDestroy(own);
   }
+  if (error != cudaSuccess) cudaFree(*words);
   return error;
 }
 
-cudaError_t idle_or_new(int device, int64_t least, Block* block) {
+bool take_idle(int device, int64_t least, Block* block) {
+  const std::lock_guard<std::mutex> lock(state().mutex);
   auto& idle = state().idle;
   for (auto candidate = idle.begin(); candidate != idle.end(); ++candidate) {
     if (candidate->device == device && candidate->count >= least) {
       *block = *candidate;
       idle.erase(candidate);
-      return cudaSuccess;
+      return true;
     }
   }
+  return false;
+}
+
+// Without the mutex, which a graph's destructor takes too: an allocation may wait for what that one runs on.
+cudaError_t idle_or_new(int device, int64_t least, Block* block) {
+  if (take_idle(device, least, block)) return cudaSuccess;
   int64_t count = kLeastWords;
   while (count < least) count *= 2;
   *block = {device, nullptr, count};
@@ -92,23 +101,34 @@ cudaError_t workspace_of(cudaStream_t stream, int64_t words, float** workspace) 
   const bool capturing = status == cudaStreamCaptureStatusActive;
   const Key key{device, stream, capturing ? capture : 0};
 
-  const std::lock_guard<std::mutex> lock(state().mutex);
-  const auto held = state().in_use.find(key);
-  if (held != state().in_use.end() && held->second.count >= words) {
-    *workspace = held->second.words;
-    return cudaSuccess;
+  {
+    const std::lock_guard<std::mutex> lock(state().mutex);
+    const auto held = state().in_use.find(key);
+    if (held != state().in_use.end() && held->second.count >= words) {
+      *workspace = held->second.words;
+      return cudaSuccess;
+    }
   }
   Block block;
   error = idle_or_new(device, words, &block);
   if (error != cudaSuccess) return error;
   if (capturing) {
+    Lease* const lease = new Lease{key, block};
     cudaUserObject_t object;
-    error = cudaUserObjectCreate(&object, new Lease{key, block}, end_lease, 1, cudaUserObjectNoDestructorSync);
-    if (error == cudaSuccess) error = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
-    if (error != cudaSuccess) return error;
-  } else if (held != state().in_use.end()) {
-    cudaFree(held->second.words);  // waits for the launches that use it
+    error = cudaUserObjectCreate(&object, lease, end_lease, 1, cudaUserObjectNoDestructorSync);
+    if (error != cudaSuccess) {
+      end_lease(lease);
+      return error;
+    }
+    error = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
+    if (error != cudaSuccess) {
+      cudaUserObjectRelease(object, 1);  // which ends the lease
+      return error;
+    }
   }
+  // a smaller one that the stream had stays allocated, as launches may still use it: sizes double, so all that is
+  // left behind is no more than what is in use
+  const std::lock_guard<std::mutex> lock(state().mutex);
   state().in_use[key] = block;
   *workspace = block.words;
   return cudaSuccess;
