@@ -38,7 +38,8 @@ class DecLinear(nn.Module):
     in float32. `selection` None, or a pass that `scope` leaves out, gives the base layer bit for bit.
 
     On a GPU the weight is kept in the kernels' order instead (`tiled`; the three buffers are then empty) and
-    the residual pinned. One to eight tokens take one launch, more a dense weight decoded for the pass.
+    the residual pinned. One to eight tokens in half precision take `ops.linear`, more, or other settings than
+    its kernels have, a dense weight decoded for the pass.
     """
 
     codes: Tensor

@@ -1,5 +1,5 @@
 // The CUDA kernels as seen from the host: raw pointers, numbers and a stream; no torch, no checks.
-// Each call launches on `stream` and returns what the launch returned.
+// What takes a `stream` launches on it; each call returns the first error of what it asked of CUDA.
 #pragma once
 
 #include <cuda_runtime.h>
