@@ -94,6 +94,8 @@ class DecLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
             x = x / self.input_scale.to(x.dtype)
+        if x.is_cuda:
+            self.prepare_for_gpu()
         selection = self.selection if self.scope.active else None
         tokens = x.reshape(-1, self.in_features)
         if x.is_cuda:
@@ -116,7 +118,6 @@ class DecLinear(nn.Module):
         return total.to(y.dtype)
 
     def _on_gpu(self, tokens: Tensor, selection: ops.Selection | None) -> Tensor:
-        self.prepare_for_gpu()
         residual, tiled = self.residual, self.tiled
         few = 0 < tokens.shape[0] <= ops.MOST_TOKENS and tokens.dtype in (torch.float16, torch.bfloat16)
         if few and tiled is not None:
