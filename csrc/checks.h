@@ -73,8 +73,9 @@ inline void check_floors(const at::Tensor& floors) {
   DECDEC_CHECK(descending, "floors", "descending to 0", "another order");
 }
 
-inline void check_compensation(const at::Tensor& x, const at::Tensor& indices, const at::Tensor& codes,
-                               const at::Tensor& scale, int64_t bits, const at::Tensor& y) {
+// A residual, and the y that its channels are added to.
+inline void check_residual(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale, int64_t bits,
+                           const at::Tensor& y) {
   check_activations(x);
   DECDEC_CHECK(bits == 2 || bits == 4 || bits == 8 || bits == 16, "bits", "2, 4, 8 or 16", bits);
   check_dtype("scale", scale, at::kFloat);
@@ -84,6 +85,9 @@ inline void check_compensation(const at::Tensor& x, const at::Tensor& indices, c
   check_matrix("codes", codes, x.size(1), bits == 16 ? out : channel_bytes(out, static_cast<int>(bits)));
   check_dtype("y", y, at::kFloat);
   check_matrix("y", y, x.size(0), out);
+}
+
+inline void check_indices(const at::Tensor& x, const at::Tensor& indices) {
   check_dtype("indices", indices, at::kInt);
   DECDEC_CHECK(indices.dim() == 2 && (indices.size(0) == x.size(0) || indices.size(0) == 1), "indices",
                "(tokens, K) or (1, K)", indices.sizes());

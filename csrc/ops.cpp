@@ -65,7 +65,8 @@ void select_random(const at::Tensor& x, int64_t seed, int64_t k_chunk, at::Tenso
 
 void compensate(const at::Tensor& x, const at::Tensor& indices, const at::Tensor& codes,
                 const at::Tensor& scale, int64_t bits, at::Tensor y) {
-  check_compensation(x, indices, codes, scale, bits, y);
+  check_residual(x, codes, scale, bits, y);
+  check_indices(x, indices);
   if (indices.numel() == 0 || y.numel() == 0) return;
   const int32_t* first = indices.const_data_ptr<int32_t>();
   const int64_t outside = cpu::first_outside(first, indices.numel(), x.size(1));
@@ -93,10 +94,15 @@ TORCH_LIBRARY(decdec, m) {
   m.def(
       "compensate(Tensor x, Tensor indices, Tensor codes, Tensor scale, int bits, Tensor(a!) y) -> ()");
   // on a GPU only
+  m.def(
+      "select_and_compensate(Tensor x, str selection, Tensor? indices, Tensor? floors, int seed, int k_chunk, "
+      "Tensor codes, Tensor scale, int bits, Tensor(a!) y) -> ()");
   m.def("dequantize(Tensor tiles, Tensor? table, int bits, Tensor(a!) dense) -> ()");
   m.def(
       "linear(Tensor x, Tensor tiles, Tensor? table, Tensor? bias, int bits, Tensor? codes, Tensor? scale, "
       "str selection, Tensor? indices, Tensor? floors, int seed, int k_chunk, int n_tb, Tensor(a!) y) -> ()");
+  m.def(
+      "dequantize_residual(Tensor codes, Tensor scale, int bits, Tensor? channels, Tensor(a!) dense) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(decdec, CPU, m) {

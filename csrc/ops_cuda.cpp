@@ -109,17 +109,71 @@ cuda::Residual residual_of(const at::Tensor& codes, const at::Tensor& scale, int
   return {codes.const_data_ptr(), scale.const_data_ptr<float>(), static_cast<int>(bits)};
 }
 
+// What is checked and launched alike for listed channels and for those chosen on the way.
+void launch_compensation(const at::Tensor& x, const cuda::Selection& how, const at::Tensor& codes,
+                         const at::Tensor& scale, int64_t bits, at::Tensor& y) {
+  check_on_device("y", y, x);
+  check_int("tokens", x.size(0), 0, 65535);
+  const cuda::Residual residual = residual_of(codes, scale, bits, x);
+  const int out_features = static_cast<int>(scale.size(0));
+  const c10::cuda::CUDAGuard guard(x.device());
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const int64_t slots = cuda::compensation_slots(activations(x), how, residual.bits, out_features);
+  float* workspace = nullptr;
+  if (slots > 0) C10_CUDA_CHECK(cuda::workspace_of(stream, slots, &workspace));
+  C10_CUDA_CHECK(cuda::compensate(activations(x), how, residual, out_features, y.mutable_data_ptr<float>(), workspace,
+                                  stream));
+}
+
 // Indices are not looked at, which would mean to wait for them: they come from a selection.
 void compensate(const at::Tensor& x, const at::Tensor& indices, const at::Tensor& codes, const at::Tensor& scale,
                 int64_t bits, at::Tensor y) {
-  check_compensation(x, indices, codes, scale, bits, y);
-  check_on_device("y", y, x);
+  check_residual(x, codes, scale, bits, y);
+  check_indices(x, indices);
   if (indices.numel() == 0 || y.numel() == 0) return;
-  check_int("tokens", x.size(0), 0, 65535);
-  const cuda::Residual residual = residual_of(codes, scale, bits, x);
-  const c10::cuda::CUDAGuard guard(x.device());
-  C10_CUDA_CHECK(cuda::compensate(activations(x), by_list(indices, x), residual, static_cast<int>(scale.size(0)),
-                                  y.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
+  launch_compensation(x, by_list(indices, x), codes, scale, bits, y);
+}
+
+cuda::Selection selection_of(const std::string& kind, const OptionalTensor& indices, const OptionalTensor& floors,
+                             int64_t k_chunk, int64_t seed, const at::Tensor& x) {
+  check_int("k_chunk", k_chunk, 0, kChunk);
+  check_int("seed", seed, 0, INT64_MAX);
+  if (kind == "static") {
+    DECDEC_CHECK(indices.has_value(), "indices", "a tensor for static selection", "none");
+    check_indices(x, *indices);
+    return by_list(*indices, x);
+  }
+  if (kind == "dynamic") {
+    DECDEC_CHECK(floors.has_value(), "floors", "a tensor for dynamic selection", "none");
+    return by_buckets(*floors, k_chunk);
+  }
+  if (kind == "exact") return by_rule(cuda::Selection::Kind::topk, k_chunk, 0);
+  DECDEC_CHECK(kind == "random", "selection", "static, dynamic, exact or random", kind);
+  return by_rule(cuda::Selection::Kind::random, k_chunk, seed);
+}
+
+// A random selection is a baseline for comparisons: its draw is a launch of its own, which keeps it out of the kernels
+// in use. Returns what `how` then lists.
+at::Tensor drawn_if_random(const at::Tensor& x, cuda::Selection& how) {
+  if (how.kind != cuda::Selection::Kind::random) return {};
+  at::Tensor drawn = at::empty({x.size(0), row_budget(x.size(1), how.k_chunk)}, x.options().dtype(at::kInt));
+  select(x, how, drawn);
+  how = by_list(drawn, x);
+  return drawn;
+}
+
+bool chooses_any(const cuda::Selection& how, const at::Tensor& x) {
+  return (how.kind == cuda::Selection::Kind::listed ? how.count : row_budget(x.size(1), how.k_chunk)) > 0;
+}
+
+void select_and_compensate(const at::Tensor& x, const std::string& selection, const OptionalTensor& indices,
+                           const OptionalTensor& floors, int64_t seed, int64_t k_chunk, const at::Tensor& codes,
+                           const at::Tensor& scale, int64_t bits, at::Tensor y) {
+  check_residual(x, codes, scale, bits, y);
+  cuda::Selection how = selection_of(selection, indices, floors, k_chunk, seed, x);
+  if (y.numel() == 0 || !chooses_any(how, x)) return;
+  const at::Tensor drawn = drawn_if_random(x, how);
+  launch_compensation(x, how, codes, scale, bits, y);
 }
 
 // tiles: (slabs, depth, words). table, for the codebook format: (slabs, 32, 2**bits / 2) words.
@@ -169,27 +223,6 @@ void dequantize(const at::Tensor& tiles, const OptionalTensor& table, int64_t bi
                                   dense.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
 }
 
-cuda::Selection selection_of(const std::string& kind, const OptionalTensor& indices, const OptionalTensor& floors,
-                             int64_t k_chunk, int64_t seed, const at::Tensor& x) {
-  check_int("k_chunk", k_chunk, 0, kChunk);
-  check_int("seed", seed, 0, INT64_MAX);
-  if (kind == "static") {
-    DECDEC_CHECK(indices.has_value(), "indices", "a tensor for static selection", "none");
-    check_dtype("indices", *indices, at::kInt);
-    DECDEC_CHECK(indices->dim() == 2 && indices->is_contiguous() &&
-                     (indices->size(0) == 1 || indices->size(0) == x.size(0)),
-                 "indices", "(tokens, K) or (1, K) contiguous", indices->sizes());
-    return by_list(*indices, x);
-  }
-  if (kind == "dynamic") {
-    DECDEC_CHECK(floors.has_value(), "floors", "a tensor for dynamic selection", "none");
-    return by_buckets(*floors, k_chunk);
-  }
-  if (kind == "exact") return by_rule(cuda::Selection::Kind::topk, k_chunk, 0);
-  DECDEC_CHECK(kind == "random", "selection", "static, dynamic, exact or random", kind);
-  return by_rule(cuda::Selection::Kind::random, k_chunk, seed);
-}
-
 void linear(const at::Tensor& x, const at::Tensor& tiles, const OptionalTensor& table, const OptionalTensor& bias,
             int64_t bits, const OptionalTensor& codes, const OptionalTensor& scale, const std::string& selection,
             const OptionalTensor& indices, const OptionalTensor& floors, int64_t seed, int64_t k_chunk,
@@ -220,16 +253,9 @@ void linear(const at::Tensor& x, const at::Tensor& tiles, const OptionalTensor& 
                  "(out,) contiguous", scale->sizes());
     check_matrix("codes", *codes, x.size(1), channel_bytes(y.size(1), 4));
     residual = residual_of(*codes, *scale, 4, x);
-    const bool listed = how.kind == cuda::Selection::Kind::listed;
-    compensated = (listed ? how.count : row_budget(x.size(1), how.k_chunk)) > 0;
+    compensated = chooses_any(how, x);
   }
-  at::Tensor drawn;
-  if (compensated && how.kind == cuda::Selection::Kind::random) {
-    // a baseline for comparisons: its draw is a launch of its own, which keeps it out of the kernel in use
-    drawn = at::empty({x.size(0), row_budget(x.size(1), how.k_chunk)}, x.options().dtype(at::kInt));
-    select(x, how, drawn);
-    how = by_list(drawn, x);
-  }
+  const at::Tensor drawn = compensated ? drawn_if_random(x, how) : at::Tensor();
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   cuda::Activations tokens = activations(x);
@@ -251,6 +277,50 @@ void linear(const at::Tensor& x, const at::Tensor& tiles, const OptionalTensor& 
   }
 }
 
+// Codes may be a run of columns of a wider residual. Channels are not looked at, which would mean to wait for them.
+void dequantize_residual(const at::Tensor& codes, const at::Tensor& scale, int64_t bits, const OptionalTensor& channels,
+                         at::Tensor dense) {
+  DECDEC_CHECK(bits == 2 || bits == 4 || bits == 8, "bits", "2, 4 or 8", bits);
+  DECDEC_CHECK(dense.is_cuda(), "dense", "on a CUDA device", dense.device().str());
+  DECDEC_CHECK(dense.dim() == 2 && dense.is_contiguous(), "dense", "(rows, out) contiguous", dense.sizes());
+  const at::ScalarType type = dense.scalar_type();
+  DECDEC_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, "dense",
+               "float32, float16 or bfloat16", type);
+  const int64_t rows = dense.size(0), out = dense.size(1);
+  check_int("rows", rows, 0, INT32_MAX - kChunk);
+  check_int("out", out, 0, INT32_MAX / 8);
+  DECDEC_CHECK(out * bits % 128 == 0, "out", "a multiple of " + text(128 / bits) + " on a GPU", out);
+  check_dtype("scale", scale, at::kFloat);
+  DECDEC_CHECK(scale.dim() == 1 && scale.size(0) == out && scale.is_contiguous(), "scale", "(out,) contiguous",
+               scale.sizes());
+  check_on_device("scale", scale, dense);
+  check_dtype("codes", codes, at::kByte);
+  const int64_t bytes = channel_bytes(out, static_cast<int>(bits));
+  DECDEC_CHECK(codes.dim() == 2 && codes.size(1) >= bytes, "codes", "(in, " + text(bytes) + ") or wider",
+               codes.sizes());
+  DECDEC_CHECK(codes.stride(1) == 1 && codes.stride(0) % 16 == 0, "codes", "in rows a multiple of 16 bytes apart",
+               codes.strides());
+  if (channels) {
+    check_dtype("channels", *channels, at::kInt);
+    DECDEC_CHECK(channels->dim() == 1 && channels->size(0) == rows && channels->is_contiguous(), "channels",
+                 "(rows,) contiguous", channels->sizes());
+    check_on_device("channels", *channels, dense);
+  } else {
+    DECDEC_CHECK(codes.size(0) == rows, "rows", text(codes.size(0)) + ", the channels of codes", rows);
+  }
+  if (dense.numel() == 0) return;
+  check_readable("codes", codes, dense);
+  check_16_bytes("codes", codes);
+  check_16_bytes("scale", scale);
+  check_16_bytes("dense", dense);
+  const c10::cuda::CUDAGuard guard(dense.device());
+  const cuda::Residual residual{codes.const_data_ptr(), scale.const_data_ptr<float>(), static_cast<int>(bits)};
+  C10_CUDA_CHECK(cuda::dequantize_residual(residual, codes.stride(0),
+                                           channels ? channels->const_data_ptr<int32_t>() : nullptr,
+                                           static_cast<int>(rows), static_cast<int>(out), scalar_of(dense),
+                                           dense.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(decdec, CUDA, m) {
@@ -258,8 +328,10 @@ TORCH_LIBRARY_IMPL(decdec, CUDA, m) {
   m.impl("select_buckets", &select_buckets);
   m.impl("select_random", &select_random);
   m.impl("compensate", &compensate);
+  m.impl("select_and_compensate", &select_and_compensate);
   m.impl("dequantize", &dequantize);
   m.impl("linear", &linear);
+  m.impl("dequantize_residual", &dequantize_residual);
 }
 
 }  // namespace decdec

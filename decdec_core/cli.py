@@ -70,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     kinds = bench.add_subparsers(title="what to time", required=True, parser_class=OneLineParser)
     _add_bench_forward(kinds.add_parser("forward", help="a forward pass under each selection, on the CPU"))
     _add_bench_kernels(kinds.add_parser("kernels", help="the CUDA kernels, matrix by matrix"))
+    _add_bench_prefill(
+        kinds.add_parser("prefill", help="passes over many tokens on a GPU, compensated or not")
+    )
     return parser
 
 
@@ -88,6 +91,23 @@ def _add_bench_kernels(kernels: argparse.ArgumentParser) -> None:
     kernels.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     kernels.add_argument("--plot", type=Path, metavar="FILE", help="draw time against k_chunk there")
     kernels.set_defaults(run=_bench_kernels, parser=kernels)
+
+
+def _add_bench_prefill(prefill: argparse.ArgumentParser) -> None:
+    prefill.add_argument(
+        "--shapes",
+        default="llama-3-8b",
+        help="llama-3-8b, phi-3-medium, llama-3-70b, or one matrix as IN,OUT",
+    )
+    prefill.add_argument("--tokens", type=int, default=2048)
+    prefill.add_argument("--blocks", type=int, default=3, help="of those matrices, one after the other")
+    prefill.add_argument("--k-chunk", type=int, default=16, metavar="K")
+    prefill.add_argument("--bits", type=int, default=3, choices=(2, 3, 4))
+    prefill.add_argument(
+        "--selections", nargs="+", default=["none", "static", "dynamic", "exact"], metavar="SELECTION"
+    )
+    prefill.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    prefill.set_defaults(run=_bench_prefill, parser=prefill)
 
 
 def _add_bench_forward(forward: argparse.ArgumentParser) -> None:
@@ -180,6 +200,17 @@ def _bench_kernels(options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     if options.plot:
         draw(result["rows"], options.plot)
+
+
+def _bench_prefill(options: argparse.Namespace) -> None:
+    from decdec_core.prefill_bench import prefill_times, table
+
+    result = prefill_times(
+        options.shapes, options.tokens, options.blocks, options.k_chunk, options.bits, options.selections
+    )
+    print(table(result["rows"]))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -227,12 +227,12 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def compensation_row(case: Case, k_chunk: int, selection: str = "dynamic") -> dict[str, Any]:
-    """Return the time of selection and compensation without the product: two launches."""
+    """Return the time of selection and compensation without the product."""
     how = _selection(case, selection, k_chunk)
     y = torch.zeros(case.tokens, case.out_features, device="cuda")
 
     def run(x: Tensor, codes: Tensor) -> None:
-        ops.compensate(x, how(x), codes, case.scale, 4, y)
+        ops.select_and_compensate(x, how, codes, case.scale, 4, y)
 
     pairs = zip(case.inputs, case.codes, strict=True)
     time_us = replay_us([partial(run, x, codes) for x, codes in pairs])

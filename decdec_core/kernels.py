@@ -26,7 +26,10 @@ import torch
 
 from decdec_core.config import DecDECError, require_one_of
 
-_OPS = ("select_topk", "select_buckets", "select_random", "compensate", "dequantize", "linear")
+_OPS = (
+    *("select_topk", "select_buckets", "select_random", "compensate"),
+    *("select_and_compensate", "dequantize", "linear", "dequantize_residual"),
+)
 # -Wno-psabi: vectors wider than the machine's registers are passed among inlined functions only
 _CFLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")
 _CUDA_FLAGS = ("-O3", "-std=c++20")

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decdec_core import ops
+from decdec_core import ops, prefill
 from decdec_core.calibration import ActivationStatistics
-from decdec_core.config import WeightQuant, groups_of
+from decdec_core.config import WeightQuant, groups_of, total_channels
 from decdec_core.packing import DEPTH, pack_codes, pack_tiles, packed_words, unpack_codes, unpack_tiles
 from decdec_core.quantize.uniform import QuantizedWeight, dequantize
 from decdec_core.residuals import QuantizedResidual
 
+_HALVES = (torch.float16, torch.bfloat16)
 _SUMS_AT_ONCE = 1 << 24  # 64 MB of float32
 _TOKENS_AT_ONCE = 1 << 15  # of one launch of `compensate`
 
@@ -27,6 +28,10 @@ class Scope:
     active: bool = True
 
 
+def _few(tokens: int, dtype: torch.dtype) -> bool:
+    return 0 < tokens <= ops.MOST_TOKENS and dtype in _HALVES
+
+
 class DecLinear(nn.Module):
     """y = Ŵ(x/s) + b + sum over the selected channels c of (x/s)_c · residual_c (method.md section 5).
 
@@ -34,12 +39,15 @@ class DecLinear(nn.Module):
     input_scale s (in,) float32 where AWQ could not fold it, and bias (out,). The residual and the
     statistics are no buffers: they stay in host memory through `.to()`.
 
-    Inputs (..., tokens, in), outputs (..., tokens, out) in the input's dtype; the compensation is summed
-    in float32. `selection` None, or a pass that `scope` leaves out, gives the base layer bit for bit.
+    Inputs (..., tokens, in), outputs (..., tokens, out) in the input's dtype; both products are summed in
+    float32. `selection` None, or a pass that `scope` leaves out, gives the base layer bit for bit.
 
     On a GPU the weight is kept in the kernels' order instead (`tiled`; the three buffers are then empty) and
-    the residual pinned. One to eight tokens in half precision take `ops.linear`, more, or other settings than
-    its kernels have, a dense weight decoded for the pass.
+    the residual pinned. One to eight tokens in half precision take `ops.linear`, and y is rounded once. More,
+    or other settings than its kernels have, take a dense weight decoded for the pass, and y is rounded to the
+    input's dtype twice, after the base product and after the compensation; the residual's rows are rounded to
+    it too. Of the residual they fetch the rows of a static selection once; what their tokens chose one by
+    one, while that is less than the residual; else the whole, copied while another layer computes (`stage`).
     """
 
     codes: Tensor
@@ -71,6 +79,7 @@ class DecLinear(nn.Module):
         self.statistics: ActivationStatistics | None = None
         self.selection: ops.Selection | None = None
         self.scope = Scope()
+        self.stage = prefill.Stage()
         self.tiled: ops.TiledWeight | None = None
         self._pinned: QuantizedResidual | None = None
         self._dense: Tensor | None = None
@@ -106,42 +115,89 @@ class DecLinear(nn.Module):
                 y = self._compensated(tokens.contiguous(), y, selection)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _compensated(
-        self, tokens: Tensor, y: Tensor, selection: ops.Selection, codes: Tensor | None = None
-    ) -> Tensor:
+    def _compensated(self, tokens: Tensor, y: Tensor, selection: ops.Selection) -> Tensor:
         residual = self.residual
         assert residual is not None
         total = y.float()
-        chosen = selection(tokens)
-        fetched = residual.codes if codes is None else codes
-        ops.compensate(tokens, chosen, fetched, residual.scale, residual.config.bits, total)
+        ops.select_and_compensate(
+            tokens, selection, residual.codes, residual.scale, residual.config.bits, total
+        )
         return total.to(y.dtype)
 
     def _on_gpu(self, tokens: Tensor, selection: ops.Selection | None) -> Tensor:
-        residual, tiled = self.residual, self.tiled
-        few = 0 < tokens.shape[0] <= ops.MOST_TOKENS and tokens.dtype in (torch.float16, torch.bfloat16)
-        if few and tiled is not None:
-            if selection is None or residual is None:
-                return ops.linear(tokens, tiled)
-            if residual.config.bits == 4 and self.out_features % 32 == 0:
-                return ops.linear(tokens, tiled, selection, residual.codes, residual.scale)
-            return self._compensated(tokens, ops.linear(tokens, tiled), selection)
-        if tiled is not None:
-            weight = ops.dequantize(tiled, tokens.dtype)
+        residual, tiled, count = self.residual, self.tiled, tokens.shape[0]
+        if residual is None or selection is None or count == 0:
+            return self._base(tokens)
+        if tiled is not None and self._in_one_launch(count, tokens.dtype, residual):
+            return ops.linear(tokens, tiled, selection, residual.codes, residual.scale)
+        whole = self.copied_whole(count, tokens.dtype) is not None
+        ahead = whole and prefill.may_copy_ahead(tokens.device)
+        if ahead:
+            self.stage.begin(self, residual)
+        y = self._base(tokens)
+        if selection.indices is not None and residual.config.bits < 16:
+            self._add_shared(tokens, y, selection.indices[0], residual)
+        elif not whole:
+            self._add_fetched(tokens, y, selection)
+        elif ahead:
+            with self.stage.resident(self, count, tokens.dtype) as (codes, scale):
+                self._add_whole(tokens, y, selection, codes, scale)
+        else:
+            self._add_whole(tokens, y, selection, *prefill.on_device(residual, tokens.device))
+        return y
+
+    def _base(self, tokens: Tensor) -> Tensor:
+        if self.tiled is not None and _few(tokens.shape[0], tokens.dtype):
+            return ops.linear(tokens, self.tiled)
+        if self.tiled is not None:
+            weight = ops.dequantize(self.tiled, tokens.dtype)
         else:
             weight = self.dequantize().to(tokens.dtype)
-        y = F.linear(tokens, weight, None if self.bias is None else self.bias.to(tokens.dtype))
-        del weight
-        if selection is None or residual is None:
-            return y
-        # together they want most channels, so the whole residual travels, once; their sums are bounded
-        codes = residual.codes.to(tokens.device, non_blocking=True)
+        return F.linear(tokens, weight, None if self.bias is None else self.bias.to(tokens.dtype))
+
+    def _add_shared(self, tokens: Tensor, y: Tensor, channels: Tensor, residual: QuantizedResidual) -> None:
+        scale = residual.scale.to(tokens.device, non_blocking=True)
+        x = tokens.index_select(1, channels)
+        prefill.add_rows(y, x, residual.codes, scale, residual.config.bits, channels)
+
+    def _add_fetched(self, tokens: Tensor, y: Tensor, selection: ops.Selection) -> None:
         step = min(_TOKENS_AT_ONCE, max(1, _SUMS_AT_ONCE // self.out_features))
-        parts = [
-            self._compensated(t, part, selection, codes)
-            for t, part in zip(tokens.split(step), y.split(step), strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        for part, sums in zip(tokens.split(step), y.split(step), strict=True):
+            sums.copy_(self._compensated(part, sums, selection))
+
+    def _add_whole(
+        self, tokens: Tensor, y: Tensor, selection: ops.Selection, codes: Tensor, scale: Tensor
+    ) -> None:
+        assert self.residual is not None
+        step = prefill.tokens_at_once(self.in_features, self._channels(selection))
+        for part, sums in zip(tokens.split(step), y.split(step), strict=True):
+            x = prefill.masked(part, selection(part))
+            prefill.add_rows(sums, x, codes, scale, self.residual.config.bits)
+
+    def _channels(self, selection: ops.Selection) -> int:
+        if selection.indices is not None:
+            return selection.indices.shape[1]
+        return total_channels(self.in_features, selection.k_chunk)
+
+    def _in_one_launch(self, tokens: int, dtype: torch.dtype, residual: QuantizedResidual) -> bool:
+        fits = residual.config.bits == 4 and self.out_features % 32 == 0
+        return self.tiled is not None and fits and _few(tokens, dtype)
+
+    def copied_whole(self, tokens: int, dtype: torch.dtype) -> QuantizedResidual | None:
+        """Return the pinned residual if a pass over `tokens` tokens of `dtype` copies it whole, else None."""
+        residual, selection = self.residual, self.selection
+        if residual is None or residual is not self._pinned or selection is None or not self.scope.active:
+            return None
+        if self._in_one_launch(tokens, dtype, residual):
+            return None
+        shared = selection.indices is not None and residual.config.bits < 16
+        fewer = tokens * self._channels(selection) < self.in_features
+        return None if shared or fewer else residual
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weight."""
+        return self.scales.device
 
     def prepare_for_gpu(self) -> None:
         """Bring a layer whose weight is on a GPU into the form that its kernels take; again, does nothing.

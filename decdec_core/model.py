@@ -14,6 +14,7 @@ from decdec_core.architectures import kind_of
 from decdec_core.channels import make_selection
 from decdec_core.config import Compensation, DecDECError, WeightQuant, total_channels
 from decdec_core.linear import DecLinear, Scope
+from decdec_core.prefill import Stage
 
 
 @dataclass
@@ -23,6 +24,7 @@ class ModelState:
     compensation: Compensation
     artifact_hash: str
     scope: Scope = field(default_factory=Scope)
+    stage: Stage = field(default_factory=Stage)
 
 
 def replace_linears(model: nn.Module, config: WeightQuant, scaled_input: Mapping[str, bool]) -> None:
@@ -49,7 +51,7 @@ def attach(model: nn.Module, compensation: Compensation, artifact_hash: str) -> 
     state = ModelState(compensation, artifact_hash)
     model.decdec = state  # type: ignore[assignment]
     for layer in dec_layers(model).values():
-        layer.scope = state.scope
+        layer.scope, layer.stage = state.scope, state.stage
     # on the inner model, which every way into the outer one passes, and some callers use by itself
     model.base_model.register_forward_pre_hook(  # type: ignore[union-attr]
         lambda _model, args, kwargs: _choose_pass(state, args, kwargs), with_kwargs=True
@@ -58,8 +60,10 @@ def attach(model: nn.Module, compensation: Compensation, artifact_hash: str) -> 
 
 
 def _choose_pass(state: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a forward pass: whether it is compensated. Generation is the pass that is handed a key-value
-    cache, which a likelihood request never is; a decoding step is one token after others in that cache."""
+    """Before a forward pass: the stage begins again, and whether the pass is compensated. Generation is the
+    pass that is handed a key-value cache, which a likelihood request never is; a decoding step is one token
+    after others in that cache."""
+    state.stage.reset()
     mode = state.compensation.compensate
     cache = kwargs.get("past_key_values")
     given = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))

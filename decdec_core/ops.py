@@ -32,6 +32,7 @@ from decdec_core.packing import (
 
 BUCKETS = 32
 MOST_TOKENS = 8  # of one launch of `linear`
+DEFAULT_N_TB = 16  # best for the layers of Llama-3-8B on an H200
 MAX_SEED = 2**63 - 1
 
 _ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -223,6 +224,24 @@ class Selection:
         )
 
 
+def select_and_compensate(
+    x: Tensor, selection: Selection, codes: Tensor, scale: Tensor, bits: int, y: Tensor
+) -> None:
+    """Add to y what the channels that `selection` chooses contribute, in place, in one launch on a GPU.
+
+    A random selection takes a launch before. Arguments and errors: compensate's.
+    """
+    if x.device.type != "cuda" or x.shape[0] > MOST_TOKENS:
+        compensate(x, selection(x), codes, scale, bits, y)
+        return
+    kernels.require_cuda(x.device)
+    how = (selection.kind, selection.indices, selection.floors, selection.seed, selection.k_chunk)
+    try:
+        torch.ops.decdec.select_and_compensate.default(x, *how, codes, scale, bits, y)
+    except ValueError as error:
+        raise DecDECError(str(error)) from None
+
+
 @dataclass(frozen=True)
 class TiledWeight:
     """A low-bit weight in the order of the CUDA kernels (packing.py: pack_tiles, pack_table).
@@ -240,23 +259,13 @@ class TiledWeight:
     bias: Tensor | None = None
 
 
-def default_n_tb(out_features: int) -> int:
-    """Return the thread blocks that fetch residuals where nobody says: 12 to 23, for large layers.
-
-    Each then fetches a power of two of 16-byte units of every channel, whole lines of memory.
-    """
-    units = max(1, out_features // 32)
-    of_block = 1 << max(0, (units // 12).bit_length() - 1)
-    return -(-units // of_block)
-
-
 def linear(
     x: Tensor,
     weight: TiledWeight,
     selection: Selection | None = None,
     codes: Tensor | None = None,
     scale: Tensor | None = None,
-    n_tb: int | None = None,
+    n_tb: int = DEFAULT_N_TB,
 ) -> Tensor:
     """Return the low-bit product and, where `selection` is given, its compensation, in one launch.
 
@@ -265,8 +274,8 @@ def linear(
     and pinned tensors be kept until the stream is done with them.
     x: (tokens, in) float16 or bfloat16, 1 to 8 tokens, in a multiple of 32. codes (in, out / 2) uint8, 4-bit,
     and scale (out,) float32: the residual as in `compensate`, on x's device or in pinned host memory; out a
-    multiple of 32. n_tb: thread blocks that fetch; None leaves it to default_n_tb. Returns (tokens, out) of
-    x's dtype; sums are carried in float32. On a CPU the twin serves. Refused input raises DecDECError.
+    multiple of 32. n_tb: thread blocks that fetch, at most. Returns (tokens, out) of x's dtype; sums are
+    carried in float32. On a CPU the twin serves. Refused input raises DecDECError.
     """
     if x.device.type != "cuda":
         return linear_ref(x, weight, selection, codes, scale)
@@ -276,11 +285,10 @@ def linear(
     y = x.new_empty((x.shape[0], weight.out_features))
     fetched = (codes, scale) if selection is not None else (None, None)
     how = selection or Selection("exact", 0)
-    blocks = default_n_tb(weight.out_features) if n_tb is None else n_tb
     try:
         torch.ops.decdec.linear.default(
             *(x, weight.tiles, weight.table, weight.bias, weight.bits, *fetched),
-            *(how.kind, how.indices, how.floors, how.seed, how.k_chunk, blocks, y),
+            *(how.kind, how.indices, how.floors, how.seed, how.k_chunk, n_tb, y),
         )
     except ValueError as error:
         raise DecDECError(str(error)) from None
@@ -293,7 +301,7 @@ def linear_ref(
     selection: Selection | None = None,
     codes: Tensor | None = None,
     scale: Tensor | None = None,
-    n_tb: int | None = None,
+    n_tb: int = DEFAULT_N_TB,
 ) -> Tensor:
     """Return the low-bit product and, where `selection` is given, its compensation: the twin of linear.
 

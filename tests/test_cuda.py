@@ -23,7 +23,7 @@ pytestmark = [
 ]
 # sums are carried in float32; what is left is the rounding of weights and of y to the activations' dtype
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-SHAPES = [(32, 32), (576, 1536), (1056, 96), (2080, 4128)]
+SHAPES = [(32, 32), (576, 1536), (1056, 96), (2080, 4128), (64, 70016)]
 KINDS = ("exact", "dynamic", "random", "static")
 
 
@@ -86,7 +86,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kind", ["uniform", "codebook"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize(("shape", "tokens"), [*zip(SHAPES, (1, 3, 8, 5), strict=True)], ids=str)
+@pytest.mark.parametrize(("shape", "tokens"), [*zip(SHAPES, (1, 3, 8, 5, 2), strict=True)], ids=str)
 def test_product(shape: tuple[int, int], tokens: int, bits: int, kind: str, dtype: torch.dtype) -> None:
     weight, exact = draw_weight(*shape, bits, kind, dtype, bias=tokens > 1)
     x = draw_x(tokens, shape[0], dtype)
@@ -100,7 +100,7 @@ def test_product(shape: tuple[int, int], tokens: int, bits: int, kind: str, dtyp
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("k_chunk", "n_tb"), [(1, 1), (8, 16), (100, 3), (1024, 2)])
-@pytest.mark.parametrize(("shape", "tokens"), [*zip(SHAPES, (1, 3, 8, 5), strict=True)], ids=str)
+@pytest.mark.parametrize(("shape", "tokens"), [*zip(SHAPES, (1, 3, 8, 5, 2), strict=True)], ids=str)
 def test_product_and_compensation(
     shape: tuple[int, int], tokens: int, k_chunk: int, n_tb: int, kind: str
 ) -> None:
@@ -150,6 +150,29 @@ def test_compensation(in_features: int, out_features: int, tokens: int, bits: in
     wanted = y.clone().cpu()
     ops.compensate_ref(x.cpu(), indices.cpu(), kept.codes, kept.scale, bits, wanted)
     ops.compensate(x, indices, codes, scale, bits, y)
+    assert relative_error(y.cpu(), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize(
+    ("in_features", "out_features", "tokens", "k_chunk"),
+    [(576, 192, 3, 16), (4160, 4160, 2, 300), (14336, 64, 1, 8), (32, 64, 8, 1024), (2080, 16384, 9, 5)],
+)
+def test_selection_and_compensation_at_once(
+    in_features: int, out_features: int, tokens: int, k_chunk: int, bits: int, kind: str
+) -> None:
+    size = (in_features, out_features * bits // 8 if bits < 16 else out_features)
+    codes = torch.randint(0, 256, size, dtype=torch.uint8) if bits < 16 else torch.randn(size).half()
+    kept = QuantizedResidual(codes, torch.rand(out_features), ResidualQuant(bits)).pinned()
+    x = draw_x(tokens, in_features, torch.bfloat16)
+    selection = selection_of(kind, k_chunk, x)
+    y = torch.randn(tokens, out_features, device="cuda")
+    wanted = y.clone().cpu()
+    indices = selection(x).cpu()
+    for _ in range(3):  # the workspace is left as it was found
+        ops.compensate_ref(x.cpu(), indices, kept.codes, kept.scale, bits, wanted)
+        ops.select_and_compensate(x, selection, kept.codes, kept.scale, bits, y)
     assert relative_error(y.cpu(), wanted) < 1e-5
 
 
@@ -285,6 +308,8 @@ def test_ops_declare_what_they_do() -> None:
     total = torch.zeros(2, 192, device="cuda")
     chosen = ops.select_topk(x, 16)
     opcheck(torch.ops.decdec.compensate.default, (x, chosen, codes, scale, 4, total), test_utils=checks)
+    at_once = (x, "exact", None, None, 0, 16, codes, scale, 4, total)
+    opcheck(torch.ops.decdec.select_and_compensate.default, at_once, test_utils=checks)
     arguments = (x, weight.tiles, None, None, 3, codes, scale, "exact", None, None, 0, 16, 4, y)
     opcheck(torch.ops.decdec.linear.default, arguments, test_utils=checks)
 

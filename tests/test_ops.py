@@ -419,16 +419,6 @@ def test_compensation_refuses(compute: Callable[..., None], changed: dict[str, A
         compute(**(arguments | changed))
 
 
-@pytest.mark.parametrize(
-    ("out_features", "wanted"), [(32, 1), (192, 6), (4096, 16), (6144, 12), (28672, 14), (57344, 14)]
-)
-def test_blocks_that_fetch_whole_lines(out_features: int, wanted: int) -> None:
-    assert ops.default_n_tb(out_features) == wanted
-    units = out_features // 32
-    assert units % wanted == 0
-    assert (units // wanted).bit_count() == 1
-
-
 @pytest.mark.parametrize("kind", ["uniform", "codebook"])
 def test_the_twin_of_the_product_adds_bias_and_compensation(kind: str, draw: torch.Generator) -> None:
     codes = torch.randint(0, 8, (96, 160), dtype=torch.uint8, generator=draw)

@@ -87,20 +87,65 @@ __device__ inline void wait_for_previous() {
 
 // ---- words of the workspace: kEmpty until their value comes, so that a word is its own flag and needs no fence
 
+__device__ inline uint32_t as_word(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return bits == kEmpty ? 0x7fffffffu : bits;  // another NaN
+}
+
 __device__ inline void send(float* slot, float value) {
-  uint32_t bits = __float_as_uint(value);
-  if (bits == kEmpty) bits = 0x7fffffffu;  // another NaN
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(slot), "r"(bits) : "memory");
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(slot), "r"(as_word(value)) : "memory");
+}
+
+// Four words, each its own flag: they need not arrive together.
+__device__ inline void send(float* slots, float4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(slots), "r"(as_word(v.x)),
+               "r"(as_word(v.y)), "r"(as_word(v.z)), "r"(as_word(v.w))
+               : "memory");
+}
+
+__device__ inline uint32_t peek(const float* slot) {
+  uint32_t bits;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(bits) : "l"(slot) : "memory");
+  return bits;
+}
+
+__device__ inline void clear(float* slot) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(slot), "r"(kEmpty) : "memory");
 }
 
 // Waits for the value and leaves the word empty for the next launch. A word has one receiver.
 __device__ inline float receive(float* slot) {
   uint32_t bits;
   do {
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(bits) : "l"(slot) : "memory");
+    bits = peek(slot);
   } while (bits == kEmpty);
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(slot), "r"(kEmpty) : "memory");
+  clear(slot);
   return __uint_as_float(bits);
+}
+
+// The sum of `count` words, `stride` apart, in their order; as receive. Their values are awaited together.
+__device__ inline float receive_sum(float* slot, int64_t stride, int count) {
+  constexpr int kTogether = 4;
+  float sum = 0.f;
+  for (int first = 0; first < count; first += kTogether, slot += kTogether * stride) {
+    uint32_t bits[kTogether];
+    bool waiting;
+    do {
+      waiting = false;
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        bits[i] = first + i < count ? peek(slot + i * stride) : 0;
+        waiting |= bits[i] == kEmpty;
+      }
+    } while (waiting);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (first + i >= count) break;
+      clear(slot + i * stride);
+      sum += __uint_as_float(bits[i]);
+    }
+  }
+  return sum;
 }
 
 // ---- the tensor cores: d (16 x 8) += a (16 x 16) b (16 x 8), sums in float32

@@ -1,53 +1,114 @@
-// Compensation by itself, of listed channels: a block of threads for a token's slab of outputs (compensate.cuh).
+// Compensation by itself: added to y, by blocks of threads for a token's column of outputs (compensate.cuh).
+//
+//   blocks  | column 0: piece 0, 1, .. | column 1: piece 0, 1, .. | ...     one such row for each token
+//
+// The last piece of a column receives what the others send, which have lower indices and so start no later.
 #include "compensate.cuh"
 
 namespace decdec::cuda {
 namespace {
 
-template <typename T, int kBits>
-__global__ void __launch_bounds__(kThreads) compensate_kernel(const Activations x, const Selection listed,
-                                                              const Residual residual, int out_features,
-                                                              int units_each, float* y) {
-  extern __shared__ __align__(16) char memory[];
-  const int64_t token = blockIdx.y;
-  const int units = out_features / kUnitOutputs<kBits>, first = blockIdx.x * units_each;
-  float* const out = y + token * out_features;
-  compensate_slab<kBits>(static_cast<const T*>(x.data) + token * x.in_features, x.in_features, listed,
-                         listed.indices + token * listed.stride, residual, out_features, first,
-                         min(units_each, units - first), *reinterpret_cast<Shared<kBits>*>(memory),
-                         [&](int output, float value) { out[output] += value; });
-}
+struct Work {
+  Activations x;
+  Selection selection;
+  Residual residual;
+  int out_features;
+  int columns, pieces;
+  float* y;
+  float* sums;  // workspace: (tokens, pieces - 1, out_features)
+};
+
+template <int kBits>
+struct Alone {
+  Shared<kBits> shared;
+  alignas(16) float scale[kMaxUnits<kBits> * kUnitOutputs<kBits>];
+};
 
 template <typename T, int kBits>
-cudaError_t launch(const Activations& x, const Selection& listed, const Residual& residual, int out_features,
-                   float* y, cudaStream_t stream) {
-  const int units = out_features / kUnitOutputs<kBits>;
-  // few tokens: slabs so small that the whole device fetches; many: slabs as large as a block takes
-  const int most = kMaxUnits<kBits>, least = 16;
+__global__ void __launch_bounds__(kThreads) compensate_kernel(const __grid_constant__ Work work) {
+  extern __shared__ __align__(16) char memory[];
+  Alone<kBits>& alone = *reinterpret_cast<Alone<kBits>*>(memory);
+  const int column = blockIdx.x / work.pieces, piece = blockIdx.x % work.pieces, last = work.pieces - 1;
+  const int64_t token = blockIdx.y;
+  const int units = work.out_features / kUnitOutputs<kBits>;
+  const int begin = part_of(units, column, work.columns), end = part_of(units, column + 1, work.columns);
+  const int first_output = begin * kUnitOutputs<kBits>;
+  const uint32_t floor = floor_of_lane<T>(work.selection);
+  if (piece == last) {
+    for (int i = 4 * threadIdx.x; i < (end - begin) * kUnitOutputs<kBits>; i += 4 * kThreads) {
+      copy_async(shared_address(alone.scale + i), work.residual.scale + first_output + i);
+    }
+  }
+  copies_commit();
+  float* const sums = work.sums + token * last * work.out_features;
+  float* const y = work.y + token * work.out_features;
+  const T* const row = static_cast<const T*>(work.x.data) + token * work.x.in_features;
+  compensate_piece<kBits>(row, work.x.in_features, work.selection, work.selection.indices + token * work.selection.stride,
+                          floor, piece_of(work.x.in_features, work.selection, piece, work.pieces), work.residual,
+                          work.out_features, begin, end, alone.shared, [&](int output, float4 own) {
+    if (piece < last) {
+      send(sums + int64_t{piece} * work.out_features + output, own);
+      return;
+    }
+    copies_wait<0>();
+    const float mine[4] = {own.x, own.y, own.z, own.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float others = receive_sum(sums + output + i, work.out_features, last);
+      y[output + i] += (mine[i] + others) * alone.scale[output + i - first_output];
+    }
+  });
+}
+
+template <int kBits>
+void divide(const Activations& x, const Selection& how, int out_features, int* columns, int* pieces) {
+  // few tokens: columns so narrow that the whole device fetches, and a block for a chunk; many: columns as wide as a
+  // block takes, of all chunks
+  const int units = out_features / kUnitOutputs<kBits>, most = kMaxUnits<kBits>, least = 16;
   const int wanted = (units * x.tokens + 255) / 256;
   const int each = wanted < least ? least : wanted > most ? most : wanted;
-  const dim3 grid((units + each - 1) / each, x.tokens);
-  constexpr int kBytes = sizeof(Shared<kBits>);
-  const auto kernel = compensate_kernel<T, kBits>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<grid, kThreads, kBytes, stream>>>(x, listed, residual, out_features, each, y);
-  return cudaGetLastError();
+  *columns = (units + each - 1) / each;
+  const int chunks = (x.in_features + kChunk - 1) / kChunk;
+  *pieces = how.kind != Selection::Kind::listed && x.tokens <= kMaxTokens ? chunks : 1;
+}
+
+template <typename Call>
+cudaError_t with_bits(int bits, const Call& call) {
+  switch (bits) {
+    case 2: return call(std::integral_constant<int, 2>{});
+    case 4: return call(std::integral_constant<int, 4>{});
+    case 8: return call(std::integral_constant<int, 8>{});
+    case 16: return call(std::integral_constant<int, 16>{});
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-cudaError_t compensate(const Activations& x, const Selection& listed, const Residual& residual, int out_features,
-                       float* y, cudaStream_t stream) {
+int64_t compensation_slots(const Activations& x, const Selection& how, int bits, int out_features) {
+  int columns = 0, pieces = 1;
+  with_bits(bits, [&](auto width) {
+    divide<decltype(width)::value>(x, how, out_features, &columns, &pieces);
+    return cudaSuccess;
+  });
+  return int64_t{x.tokens} * (pieces - 1) * out_features;
+}
+
+cudaError_t compensate(const Activations& x, const Selection& how, const Residual& residual, int out_features,
+                       float* y, float* workspace, cudaStream_t stream) {
   return with_scalar(x.scalar, [&](auto scalar) {
-    using T = decltype(scalar);
-    switch (residual.bits) {
-      case 2: return launch<T, 2>(x, listed, residual, out_features, y, stream);
-      case 4: return launch<T, 4>(x, listed, residual, out_features, y, stream);
-      case 8: return launch<T, 8>(x, listed, residual, out_features, y, stream);
-      case 16: return launch<T, 16>(x, listed, residual, out_features, y, stream);
-    }
-    return cudaErrorInvalidValue;
+    return with_bits(residual.bits, [&](auto width) {
+      constexpr int kBits = decltype(width)::value;
+      Work work{x, how, residual, out_features, 0, 0, y, workspace};
+      divide<kBits>(x, how, out_features, &work.columns, &work.pieces);
+      const dim3 grid(work.columns * work.pieces, x.tokens);
+      constexpr int kBytes = sizeof(Alone<kBits>);
+      const auto kernel = compensate_kernel<decltype(scalar), kBits>;
+      const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      if (error != cudaSuccess) return error;
+      kernel<<<grid, kThreads, kBytes, stream>>>(work);
+      return cudaGetLastError();
+    });
   });
 }
 

@@ -1,16 +1,21 @@
-// Sums over a token's selected channels of x[c] * code[c], for a slab of outputs: one block of threads.
+// Sums over a token's selected channels of x[c] * code[c]: what one block of threads does of it.
 //
 //   codes   (in, row)  a row is cut into units of 16 bytes: 32 outputs at 4 bits
 //
-//              unit u0   u0+1  ...   u0+count-1
-//   channel j   thread 0     1           count-1      next to each other: whole lines travel
-//   channel j+1 thread count ...                      a block takes `lanes` channels at a time
-//        :
-//   each thread: its unit of every lanes-th channel, kInFlight loads on their way before the first is used,
-//   the outputs of the unit in registers; at the end the lanes' sums meet in shared memory, in fixed order.
+//                 units:  |------ column 0 ------|------ column 1 ------| ...
+//   channels  chunk 0       block: piece 0          block: piece 0            a piece selects from its own chunks, or
+//             chunk 1       block: piece 1          block: piece 1            takes its share of a list
+//               :
+//   within a block           unit u0   u0+1  ...   u0+count-1
+//                channel j   thread 0     1           count-1      next to each other: whole lines travel
+//                channel j+1 thread count ...                      a block takes `lanes` channels at a time
 //
-// Codes and scales may lie in mapped host memory, where a read takes a microsecond and what counts is bytes on
-// their way: hence 16-byte loads, many of them, and the scales asked for before the channels are known.
+//   each thread: its unit of every lanes-th channel, kInFlight loads on their way before the first is used,
+//   the outputs of the unit in registers; at the end the lanes' sums meet in shared memory, in fixed order. The
+//   pieces' sums are for the caller to add up, and the scale to apply.
+//
+// Codes may lie in mapped host memory, where a read takes a microsecond and what counts is bytes on their way: hence
+// 16-byte loads, and many of them.
 #pragma once
 
 #include "select.cuh"
@@ -19,22 +24,37 @@ namespace decdec::cuda {
 
 constexpr int kInFlight = 4;
 constexpr int kListed = 1024;       // channels held in shared memory at a time
-constexpr int kOutputsMost = 4096;  // of a slab
+constexpr int kOutputsMost = 8192;  // of a slab
 
 template <int kBits>
 constexpr int kUnitOutputs = 128 / kBits;
 
-// Units that one block takes at a time: so many that their scales have a place, and each unit a thread.
+// Units that one block takes at a time: each has a thread.
 template <int kBits>
 constexpr int kMaxUnits = kOutputsMost / kUnitOutputs<kBits> < kThreads ? kOutputsMost / kUnitOutputs<kBits> : kThreads;
 
 template <int kBits>
 struct Shared {
+  Selecting selecting;
   int channels[kListed];
   float values[kListed];
-  float scale[kOutputsMost];
-  float sums[kUnitOutputs<kBits>][kThreads + 1];  // one more, so that reading across falls into all banks
+  // a row of outputs for each thread; four more, so that vectors of four in a column fall into all banks
+  alignas(16) float sums[kThreads][kUnitOutputs<kBits> + 4];
 };
+
+// A share of a token's channels: chunks, or where they are listed, places in the list.
+struct Piece {
+  int begin, end;
+};
+
+DECDEC_HD constexpr int part_of(int whole, int part, int parts) {
+  return static_cast<int>(int64_t{whole} * part / parts);
+}
+
+__device__ inline Piece piece_of(int in_features, const Selection& how, int piece, int pieces) {
+  const int whole = how.kind == Selection::Kind::listed ? how.count : (in_features + kChunk - 1) / kChunk;
+  return {part_of(whole, piece, pieces), part_of(whole, piece + 1, pieces)};
+}
 
 template <int kBits>
 __device__ inline void add_unit(float* sums, const uint4& codes, float value) {
@@ -65,15 +85,14 @@ __device__ inline void add_unit(float* sums, const uint4& codes, float value) {
   }
 }
 
-// The channels of the chunks from `chunk` on, as many as have a place, into shared memory; returns their number.
-// For listed channels, `chunk` counts runs of kListed.
+// The piece's next channels, as many as have a place, into shared memory; moves its begin past them and returns their
+// number. By a whole block, which has to meet before it reads them.
 template <int kBits, typename T>
 __device__ inline int next_channels(const T* row, int in_features, const Selection& how, const int32_t* listed,
-                                    int* chunk, Shared<kBits>& shared) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+                                    uint32_t floor, Piece* piece, Shared<kBits>& shared) {
   if (how.kind == Selection::Kind::listed) {
-    const int first = *chunk * kListed, count = min(kListed, how.count - first);
-    *chunk += 1;
+    const int first = piece->begin, count = min(kListed, piece->end - first);
+    piece->begin += count;
     for (int j = threadIdx.x; j < count; j += kThreads) {
       const int channel = listed[first + j];
       shared.channels[j] = channel;
@@ -81,78 +100,89 @@ __device__ inline int next_channels(const T* row, int in_features, const Selecti
     }
     return count;
   }
-  const int chunks = min((in_features - *chunk * kChunk + kChunk - 1) / kChunk, kListed / how.k_chunk);
-  const int begin = *chunk * kChunk, end = min(in_features, begin + chunks * kChunk);
-  for (int c = warp; c < chunks; c += kWarps) {
-    const int first = begin + c * kChunk, length = min(kChunk, in_features - first);
-    select_chunk(row + first, length, how, lane, [&](int position, int channel) {
-      shared.channels[c * how.k_chunk + position] = first + channel;
+  int count = 0;
+  for (int taken = 0; piece->begin < piece->end && taken + how.k_chunk <= kListed; ++piece->begin) {
+    const int first = piece->begin * kChunk, length = min(kChunk, in_features - first);
+    select_chunk(row + first, length, how, floor, shared.selecting, [&](int position, int channel, T x) {
+      shared.channels[count + position] = first + channel;
+      shared.values[count + position] = to_float(x);
     });
-    __syncwarp();
-    for (int j = lane; j < chunk_budget(length, how.k_chunk); j += kWarp) {
-      shared.values[c * how.k_chunk + j] = to_float(row[shared.channels[c * how.k_chunk + j]]);
+    count += chunk_budget(length, how.k_chunk);
+    taken += how.k_chunk;
+  }
+  return count;
+}
+
+// Adds to the block's sums, or sets them, what `now` channels give to units first .. first + count - 1.
+template <int kBits>
+__device__ inline void add_channels(const Residual& residual, int64_t row_bytes, int first, int count, int now,
+                                    bool set, Shared<kBits>& shared) {
+  constexpr int kOutputs = kUnitOutputs<kBits>;
+  const int lanes = kThreads / count, lane = threadIdx.x / count, unit = threadIdx.x % count;
+  const char* const codes = static_cast<const char*>(residual.codes) + (first + unit) * int64_t{16};
+  float sums[kOutputs] = {};
+  for (int j0 = lane; j0 < now && lane < lanes; j0 += kInFlight * lanes) {
+    uint4 fetched[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int j = j0 + i * lanes;
+      if (j < now) fetched[i] = load_once(codes + shared.channels[j] * row_bytes);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int j = j0 + i * lanes;
+      if (j < now) add_unit<kBits>(sums, fetched[i], shared.values[j]);
     }
   }
-  *chunk += chunks;
-  return static_cast<int>(row_budget(end - begin, how.k_chunk));
+  // between turns the sums rest here, so that selection has the registers
+  float4* const resting = reinterpret_cast<float4*>(shared.sums[threadIdx.x]);
+#pragma unroll
+  for (int o = 0; o < kOutputs; o += 4) {
+    const float4 before = set ? float4{} : resting[o / 4];
+    resting[o / 4] = {before.x + sums[o], before.y + sums[o + 1], before.z + sums[o + 2], before.w + sums[o + 3]};
+  }
 }
 
-__device__ inline bool channels_left(int in_features, const Selection& how, int chunk) {
-  return how.kind == Selection::Kind::listed ? chunk * kListed < how.count
-                                             : chunk * kChunk < in_features && how.k_chunk > 0;
-}
-
-// Calls put(output, sum * scale) for the outputs of units first_unit .. first_unit + count - 1 (at most kMaxUnits)
-// of one token, each by one thread.
+// Calls put(output, sums) for the outputs of units begin .. end - 1 of one token, four at a time, each by one thread,
+// with what the channels of `piece` give. By a whole block; x may be written by the launch before until `wait_for_previous`, which
+// the caller has behind it. `floor` is floor_of_lane.
 template <int kBits, typename T, typename Put>
-__device__ inline void compensate_slab(const T* row, int in_features, const Selection& how, const int32_t* listed,
-                                       const Residual& residual, int out_features,
-                                       int first_unit, int count, Shared<kBits>& shared, const Put& put) {
+__device__ inline void compensate_piece(const T* row, int in_features, const Selection& how, const int32_t* listed,
+                                        uint32_t floor, Piece piece, const Residual& residual, int out_features,
+                                        int begin, int end, Shared<kBits>& shared, const Put& put) {
   constexpr int kOutputs = kUnitOutputs<kBits>;
   const int64_t row_bytes = channel_bytes(out_features, kBits);
-  const int lanes = kThreads / count, lane = threadIdx.x / count, unit = threadIdx.x % count;
-  for (int i = threadIdx.x; i < count * kOutputs / 4; i += kThreads) {
-    copy_async(shared_address(shared.scale + 4 * i), residual.scale + first_unit * kOutputs + 4 * i);
-  }
-  copies_commit();
-  wait_for_previous();  // for x; the residual was there before
-  const char* codes = static_cast<const char*>(residual.codes) + (first_unit + unit) * int64_t{16};
-  for (int chunk = 0; chunk == 0 || channels_left(in_features, how, chunk);) {
-    const bool first = chunk == 0;
-    const int now = next_channels(row, in_features, how, listed, &chunk, shared);
-    __syncthreads();
-    float sums[kOutputs] = {};
-    for (int j0 = lane; j0 < now && lane < lanes; j0 += kInFlight * lanes) {
-      uint4 fetched[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int j = j0 + i * lanes;
-        if (j < now) fetched[i] = load_once(codes + shared.channels[j] * row_bytes);
+  const int slabs = (end - begin + kMaxUnits<kBits> - 1) / kMaxUnits<kBits>;
+  int now = 0;
+  bool all_there = false;  // the piece's channels, of which one list holds all
+  for (int slab = 0; slab < slabs; ++slab) {
+    const int first = begin + part_of(end - begin, slab, slabs);
+    const int count = begin + part_of(end - begin, slab + 1, slabs) - first;
+    Piece left = piece;
+    bool set = true;
+    do {
+      if (!all_there) {
+        now = next_channels(row, in_features, how, listed, floor, &left, shared);
+        all_there = set && left.begin == left.end;
+        __syncthreads();
       }
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int j = j0 + i * lanes;
-        if (j < now) add_unit<kBits>(sums, fetched[i], shared.values[j]);
+      add_channels<kBits>(residual, row_bytes, first, count, now, set, shared);
+      __syncthreads();
+      set = false;
+    } while (!all_there && left.begin < left.end);
+    constexpr int kFours = kOutputs / 4;
+    const int lanes = kThreads / count;
+    for (int i = threadIdx.x; i < count * kFours; i += kThreads) {
+      float4 sum{};
+#pragma unroll 4
+      for (int l = 0; l < lanes; ++l) {
+        const float4 v = *reinterpret_cast<const float4*>(&shared.sums[l * count + i / kFours][i % kFours * 4]);
+        sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
       }
-    }
-    // between the channels' turns the sums rest here, so that selection has the registers
-#pragma unroll
-    for (int o = 0; o < kOutputs; ++o) {
-      float& resting = shared.sums[o][threadIdx.x];
-      resting = first ? sums[o] : resting + sums[o];
+      put(first * kOutputs + 4 * i, sum);
     }
     __syncthreads();
   }
-  copies_wait<0>();
-  __syncthreads();
-#pragma unroll 4
-  for (int i = threadIdx.x; i < count * kOutputs; i += kThreads) {
-    float sum = 0.f;
-#pragma unroll 4
-    for (int l = 0; l < lanes; ++l) sum += shared.sums[i % kOutputs][l * count + i / kOutputs];
-    put(first_unit * kOutputs + i, sum * shared.scale[i]);
-  }
-  __syncthreads();
 }
 
 }  // namespace decdec::cuda

@@ -56,10 +56,11 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const Weight weigh
 #pragma unroll
       for (int i = 0; i < kWords; ++i) table[i] = tables[i];
     }
+    const Row<T, kFormat, kBits> row(words + r * kBits, table);
     for_steps([&](auto step) {
       constexpr int s = decltype(step)::value;
       uint32_t two[2];
-      unpack<T, kFormat, kBits, s>(words + r * kBits, table, two);
+      row.template unpack<s>(two);
       pairs[2 * s] = two[0], pairs[2 * s + 1] = two[1];
     });
     alignas(16) Out values[32];

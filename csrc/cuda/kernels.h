@@ -53,18 +53,27 @@ struct Weight {
 // Writes indices (tokens, row_budget).
 cudaError_t select(const Activations& x, const Selection& selection, int32_t* indices, cudaStream_t stream);
 
-// y (tokens, out_features) += what the listed channels contribute.
-cudaError_t compensate(const Activations& x, const Selection& listed, const Residual& residual, int out_features,
-                       float* y, cudaStream_t stream);
+// Words of workspace that compensate takes.
+int64_t compensation_slots(const Activations& x, const Selection& selection, int bits, int out_features);
+
+// y (tokens, out_features) += what the selected channels contribute; any selection but random.
+// workspace: compensation_slots words, each kEmpty before and after.
+cudaError_t compensate(const Activations& x, const Selection& selection, const Residual& residual, int out_features,
+                       float* y, float* workspace, cudaStream_t stream);
 
 // dense (out_features, in_features) in the activations' type.
 cudaError_t dequantize(const Weight& weight, int in_features, Scalar scalar, void* dense, cudaStream_t stream);
+
+// dense (rows, out_features) = the listed channels of the residual, or its first `rows` where `channels` is null. Rows
+// of codes are `stride` bytes apart, which may be more than they hold. bits: 2, 4 or 8.
+cudaError_t dequantize_residual(const Residual& residual, int64_t stride, const int32_t* channels, int rows,
+                                int out_features, Scalar scalar, void* dense, cudaStream_t stream);
 
 // The shape of a launch of `linear`. Every field follows from the device, the weight and n_tb.
 struct Plan {
   int base_blocks;      // that stream the weight
   int tiles_each;       // tiles of such a block
-  int compensation_blocks;
+  int columns, pieces;  // columns * pieces blocks compensate, at most n_tb
   bool overlap;         // with the end of the launch before it
   int64_t slots;        // floats of workspace
 };

@@ -1,4 +1,6 @@
 // Launches of the product (product.cuh), for every type, format and width.
+#include <algorithm>
+
 #include "product.cuh"
 
 namespace decdec::cuda {
@@ -35,6 +37,23 @@ cudaError_t prepare(Kernel kernel, int device) {
   const cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
+// Blocks that compensate: one for a chunk, and more columns where there are blocks left; but so few pieces that a block
+// has its column at a time.
+void divide_compensation(int slabs, int in_features, int n_tb, Plan* plan) {
+  plan->columns = plan->pieces = 0;
+  if (n_tb == 0) return;
+  plan->pieces = std::clamp(n_tb / divide_up(slabs, kMaxUnits<4>), 1, divide_up(in_features, kChunk));
+  plan->columns = std::clamp(n_tb / plan->pieces, 1, slabs);
+}
+
+// Tiles of a block where there is room for so many blocks: equally many for all warps, where that is nearly as few or
+// where they are few, since a tile cannot be split.
+int divide_tiles(int tiles, int room) {
+  constexpr int kFew = 4;  // of a warp
+  const int of_block = divide_up(tiles, room), of_warps = divide_up(of_block, kWarps) * kWarps;
+  return of_warps <= kFew * kWarps || of_warps - of_block <= of_block / 32 ? of_warps : of_block;
 }
 
 }  // namespace
@@ -74,15 +93,14 @@ cudaError_t plan(const Weight& weight, const Activations& x, int n_tb, Plan* res
     }
     if (error != cudaSuccess) return error;
     const int slabs = divide_up(weight.out_features, kSlab), tiles = slabs * divide_up(x.in_features, kDepth);
-    // as many blocks as there is room for, but a warp's tiles cannot be split: all warps get equally many
+    divide_compensation(slabs, x.in_features, n_tb, result);
+    // as many blocks as there is room for
     const int resident = per_processor * processors, half = (resident + 1) / 2;
-    const int room = resident - n_tb > half ? resident - n_tb : half;
-    result->tiles_each = divide_up(tiles, room * kWarps) * kWarps;
+    result->tiles_each = divide_tiles(tiles, std::max(resident - result->columns * result->pieces, half));
     result->base_blocks = divide_up(tiles, result->tiles_each);
-    result->compensation_blocks = n_tb;
     // not for code compiled for an older target, in which wait_for_previous is empty
     result->overlap = major >= 9 && compiled.ptxVersion >= 90;
-    result->slots = int64_t{x.tokens} * kSlab * (result->base_blocks + (n_tb > 0 ? slabs : 0));
+    result->slots = int64_t{x.tokens} * kSlab * (result->base_blocks + result->pieces * slabs);
     return cudaSuccess;
   });
 }
@@ -98,7 +116,8 @@ cudaError_t linear(const Weight& weight, const Activations& x, const Selection* 
   work.depth = divide_up(x.in_features, kDepth);
   work.base_blocks = plan.base_blocks;
   work.tiles_each = plan.tiles_each;
-  work.compensation_blocks = plan.compensation_blocks;
+  work.columns = plan.columns;
+  work.pieces = plan.pieces;
   work.y = y;
   work.shares = workspace;
   work.compensation = workspace + int64_t{plan.base_blocks} * x.tokens * kSlab;
@@ -107,7 +126,7 @@ cudaError_t linear(const Weight& weight, const Activations& x, const Selection* 
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t shape{};
-    shape.gridDim = plan.compensation_blocks + plan.base_blocks;
+    shape.gridDim = plan.columns * plan.pieces + plan.base_blocks;
     shape.blockDim = kThreads;
     shape.dynamicSmemBytes = bytes;
     shape.stream = stream;

@@ -3,8 +3,9 @@
 // The weight is cut into tiles of 32 outputs by 128 inputs, one group: 32 lanes x 128 codes, then the scales.
 // Tiles lie slab after slab (32 outputs), and along the inputs within a slab:
 //
-//   blocks 0 .. n_tb-1     compensation: each a run of outputs; selects, fetches, sums, sends (compensate.cuh)
-//   blocks n_tb ..         the product: each a run of tiles, equally long whatever the matrix' shape, a multiple of
+//   blocks 0 ..            compensation: each a piece of the channels for a column of outputs; selects, fetches, sums,
+//                          sends (compensate.cuh)
+//   blocks behind them     the product: each a run of tiles, equally long whatever the matrix' shape, a multiple of
 //                          the warps
 //
 //     tiles   |------- slab 0 -------|------- slab 1 -------|------- slab 2 -------|
@@ -38,7 +39,8 @@ constexpr int kStages = 4;
 template <Format kFormat, int kBits>
 constexpr int kTileBytes = kSlab * kDepth * kBits / 8 + (kFormat == Format::uniform ? kSlab * 4 : 0);
 
-constexpr int kSlots = 4;  // slabs whose sums a block holds until its end
+constexpr int kSlots = 8;     // slabs whose sums a block holds until its end
+constexpr int kMeetings = 2;  // slabs whose warps' sums have a place: of one they are added up, of the next they come
 
 // A tile, and behind it the inputs that go with it.
 template <Format kFormat, int kBits>
@@ -62,7 +64,7 @@ __host__ __device__ constexpr int warp_bytes(int tokens) {
 // Bytes of shared memory of a launch.
 template <Format kFormat, int kBits>
 constexpr size_t shared_bytes(int tokens) {
-  const size_t sums = kSlots * (kWarps + 1) * kSlab * tokens * sizeof(float);
+  const size_t sums = (kMeetings * kWarps + kSlots) * kSlab * tokens * sizeof(float);
   const size_t base = kWarps * warp_bytes<kFormat, kBits>(tokens) + sums;
   return base > sizeof(Shared<4>) ? base : sizeof(Shared<4>);
 }
@@ -75,25 +77,25 @@ struct Work {
   int slabs, depth;         // tiles of the weight: slabs * depth
   int base_blocks;
   int tiles_each;           // tiles of a block, but the last has what is left
-  int compensation_blocks;
+  int columns, pieces;      // blocks of the compensation: columns * pieces
   void* y;
   float* shares;        // workspace: (base_blocks, tokens, 32), then
-  float* compensation;  // (tokens, slabs * 32)
+  float* compensation;  // (tokens, pieces, slabs * 32)
 };
 
 template <typename T>
 __device__ inline void compensate_part(const Work& work, Shared<4>& shared) {
-  const int units = work.slabs, block = blockIdx.x, blocks = work.compensation_blocks;
-  const int end = static_cast<int>(int64_t{units} * (block + 1) / blocks);
-  const int in_features = work.x.in_features;
+  const int column = blockIdx.x / work.pieces, piece = blockIdx.x % work.pieces, in_features = work.x.in_features;
+  const int begin = part_of(work.slabs, column, work.columns), end = part_of(work.slabs, column + 1, work.columns);
+  const Piece own = piece_of(in_features, work.selection, piece, work.pieces);
+  const uint32_t floor = floor_of_lane<T>(work.selection);
+  wait_for_previous();
   for (int token = 0; token < work.x.tokens; ++token) {
     const T* row = static_cast<const T*>(work.x.data) + int64_t{token} * in_features;
-    float* const slots = work.compensation + int64_t{token} * work.slabs * kSlab;
-    for (int first = static_cast<int>(int64_t{units} * block / blocks); first < end; first += kMaxUnits<4>) {
-      compensate_slab<4>(row, in_features, work.selection, work.selection.indices + token * work.selection.stride,
-                         work.residual, work.weight.out_features, first, min(kMaxUnits<4>, end - first),
-                         shared, [&](int output, float value) { send(slots + output, value); });
-    }
+    float* const slots = work.compensation + (int64_t{token} * work.pieces + piece) * work.slabs * kSlab;
+    compensate_piece<4>(row, in_features, work.selection, work.selection.indices + token * work.selection.stride, floor,
+                        own, work.residual, work.weight.out_features, begin, end, shared,
+                        [&](int output, float4 sums) { send(slots + output, sums); });
   }
 }
 
@@ -156,14 +158,17 @@ __device__ inline void add_tile(Sums& sums, const char* stage, const uint32_t* t
     const uint4 w = reinterpret_cast<const uint4*>(stage)[v * kWarp + lane];
     words[4 * v] = w.x, words[4 * v + 1] = w.y, words[4 * v + 2] = w.z, words[4 * v + 3] = w.w;
   }
+  using R = Row<T, kFormat, kBits>;
+  const R rows[4] = {R(words, table), R(words + kBits, table + kTable), R(words + 2 * kBits, table + 2 * kTable),
+                     R(words + 3 * kBits, table + 3 * kTable)};
   float group[2][4] = {};
   for_steps([&](auto step) {
     constexpr int s = decltype(step)::value;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       uint32_t upper[2], lower[2];
-      unpack<T, kFormat, kBits, s>(words + 2 * m * kBits, table + 2 * m * kTable, upper);
-      unpack<T, kFormat, kBits, s>(words + (2 * m + 1) * kBits, table + (2 * m + 1) * kTable, lower);
+      rows[2 * m].template unpack<s>(upper);
+      rows[2 * m + 1].template unpack<s>(lower);
       mma<T>(kUniform ? group[m] : sums[m], upper[0], lower[0], upper[1], lower[1], x[2 * s], x[2 * s + 1]);
     }
   });
@@ -188,7 +193,7 @@ struct Product {
 
   const Work& work;
   char* const ring;      // shared memory, the warp's own
-  float* const meeting;  // shared memory: [kSlots][warp][token][32]
+  float* const meeting;  // shared memory: [kMeetings][warp][token][32]
   float* const held;     // shared memory: [kSlots][token][32]
   const int range, warp, lane;
   const int begin, end;  // tiles
@@ -203,6 +208,8 @@ struct Product {
     const char* ahead_tile = static_cast<const char*>(work.weight.tiles) + int64_t{ahead} * kTile + lane * 16;
     const T* const row = static_cast<const T*>(work.x.data) + int64_t{lane / 4} * work.x.in_features;
     // the first tiles do not depend on the launch before this one, whose work has to be another than to write them
+    int unwritten = first_slab;
+    float scale = scale_of(unwritten);
     if constexpr (kCodebook) fetch_tables(first_slab);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
@@ -224,7 +231,7 @@ struct Product {
     };
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) fetch_next(s, false);
-    int stage = 0, slab = first_slab, unwritten = first_slab;
+    int stage = 0, slab = first_slab;
     uint32_t known = 0;  // places whose sums of x are kept
     int seen = kStages;  // tiles since the tables were asked for, which came with the first of them
     for (int tile = begin + warp; slab * work.depth < end; ++slab) {
@@ -255,16 +262,16 @@ struct Product {
         stage = (stage + 1) % kStages;
         ++seen;
       }
-      const int slot = slab % kSlots;
-      leave(sums, slot);
+      leave(sums, slab);
       __syncthreads();
       if (warp == slab % kWarps) meet(slab);  // the others go on, to another slot
       if (slab + 1 - unwritten == kSlots) {
-        write(unwritten, slab + 1);
+        write(unwritten, slab + 1, scale);
         unwritten = slab + 1;
+        scale = scale_of(unwritten);
       }
     }
-    write(unwritten, slab);
+    write(unwritten, slab, scale);
   }
 
   // Where a warp meets the same few places of each slab again, what sum_x gave there is kept.
@@ -307,9 +314,9 @@ struct Product {
     __syncwarp();
   }
 
-  __device__ void leave(const Sums& sums, int slot) const {
+  __device__ void leave(const Sums& sums, int slab) const {
     const int g = lane / 4, t = lane % 4, tokens = work.x.tokens;
-    float* const mine = meeting + (slot * kWarps + warp) * tokens * kSlab;
+    float* const mine = meeting + (slab % kMeetings * kWarps + warp) * tokens * kSlab;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -322,25 +329,35 @@ struct Product {
 
   // One warp: the sum of a slab over the warps, to be held, or sent where the slab starts in another block.
   __device__ void meet(int slab) const {
-    const int tokens = work.x.tokens, slot = slab % kSlots;
+    const int tokens = work.x.tokens;
+    const float* const left = meeting + slab % kMeetings * kWarps * tokens * kSlab + lane;
     for (int token = 0; token < tokens; ++token) {
       float sum = 0.f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += meeting[((slot * kWarps + w) * tokens + token) * kSlab + lane];
+      for (int w = 0; w < kWarps; ++w) sum += left[(w * tokens + token) * kSlab];
       if (slab * work.depth < begin) {
         send(work.shares + (int64_t{range} * tokens + token) * kSlab + lane, sum);
       } else {
-        held[(slot * tokens + token) * kSlab + lane] = sum;
+        held[(slab % kSlots * tokens + token) * kSlab + lane] = sum;
       }
     }
   }
 
+  // The residual's scale for the output that the lane will write after the slabs from `from` on: asked for long before,
+  // since it may lie in host memory.
+  __device__ float scale_of(int from) const {
+    static_assert(kSlots <= kWarps, "a warp writes one slab at most");
+    const int slab = from + warp, output = slab * kSlab + lane;
+    const bool written = warp < kSlots && slab * work.depth >= begin && slab * work.depth < end;
+    return work.pieces > 0 && written && output < work.weight.out_features ? work.residual.scale[output] : 0.f;
+  }
+
   // The whole block: what is missing from the slabs that start here, and y; a lane has one output of a slab.
-  __device__ void write(int from, int to) const {
+  __device__ void write(int from, int to, float scale) const {
     __syncthreads();
     const int tokens = work.x.tokens;
-    for (int slab = from + warp; slab < to; slab += kWarps) {
-      if (slab * work.depth < begin) continue;
+    const int slab = from + warp;
+    if (slab < to && slab * work.depth >= begin) {
       const int output = slab * kSlab + lane, last_range = range_of((slab + 1) * work.depth - 1);
       for (int token = 0; token < tokens; ++token) {
         float sum = held[(slab % kSlots * tokens + token) * kSlab + lane];
@@ -348,8 +365,9 @@ struct Product {
           sum += receive(work.shares + (int64_t{other} * tokens + token) * kSlab + lane);
         }
         if (output >= work.weight.out_features) continue;
-        if (work.compensation_blocks > 0) {
-          sum += receive(work.compensation + int64_t{token} * work.slabs * kSlab + output);
+        if (work.pieces > 0) {
+          const int64_t row = int64_t{work.slabs} * kSlab;
+          sum += scale * receive_sum(work.compensation + token * work.pieces * row + output, row, work.pieces);
         }
         if (work.weight.bias != nullptr) sum += work.weight.bias[output];
         static_cast<T*>(work.y)[int64_t{token} * work.weight.out_features + output] = from_float<T>(sum);
@@ -362,17 +380,18 @@ struct Product {
 template <typename T, Format kFormat, int kBits>
 __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const __grid_constant__ Work work) {
   extern __shared__ __align__(16) char memory[];
-  if (blockIdx.x < work.compensation_blocks) {
+  const int compensation_blocks = work.columns * work.pieces;
+  if (blockIdx.x < compensation_blocks) {
     compensate_part<T>(work, *reinterpret_cast<Shared<4>*>(memory));
     return;
   }
   using P = Product<T, kFormat, kBits>;
-  const int range = work.base_blocks - 1 - (blockIdx.x - work.compensation_blocks);
+  const int range = work.base_blocks - 1 - (blockIdx.x - compensation_blocks);
   const int own = warp_bytes<kFormat, kBits>(work.x.tokens);
   float* const meeting = reinterpret_cast<float*>(memory + kWarps * own);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int begin = range * work.tiles_each, end = min(begin + work.tiles_each, work.slabs * work.depth);
-  const P product{work, memory + warp * own, meeting, meeting + kSlots * kWarps * work.x.tokens * kSlab,
+  const P product{work, memory + warp * own, meeting, meeting + kMeetings * kWarps * work.x.tokens * kSlab,
                   range, warp, lane, begin, end};
   product.run();
 }

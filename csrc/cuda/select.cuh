@@ -1,15 +1,16 @@
-// Which channels of a chunk are compensated: one warp, one chunk of 1024 channels.
+// Which channels of a chunk are compensated: one block of threads, one chunk of 1024 channels.
 //
-//   x[first ..]   |-- lane 0: 32 --|-- lane 1: 32 --| ... |-- lane 31: 32 --|   in registers, halves two to one
-//                      | bisect the range of keys; a pass counts the keys that reach a candidate, without a branch,
-//                      v and adds up over the warp
+//   x[first ..]   | thread 0: 4 | thread 1: 4 | ...          keys in registers, and in shared memory for their warp
+//                      | a lane for each of 32 candidates: it compares all keys of its warp with its own and counts
+//                      v those that reach it; the warps' counts meet in shared memory: one barrier for 32 candidates
 //   cut           reach `whole`: taken | reach `part`: the lowest channels of these fill up what is left
-//                      | a bit for each key, a prefix sum over the lanes
+//                      | a ballot for each of a thread's keys, the warps' numbers meet again
 //                      v
 //   indices       ascending, exactly k of them, whatever the input
 //
 // A key is the bit pattern of |x|, which orders as the values do, with NaN above infinity above every number: the
 // same channels as on a CPU (cpu/select.cpp). Nothing computes with x. Random selection draws its keys.
+// The candidates are the bucket floors, once; or, for the exact top, a key's digits of five bits, one after the other.
 #pragma once
 
 #include <type_traits>
@@ -18,96 +19,140 @@
 
 namespace decdec::cuda {
 
-constexpr int kOfLane = kChunk / kWarp;  // channels
+constexpr int kOfThread = kChunk / kThreads;  // channels
+constexpr int kOfWarp = kChunk / kWarps;
+constexpr int kDigit = 5;  // bits: 32 candidates
 
-// The keys of a lane's 32 channels, as 32-bit patterns.
-struct WideKeys {
-  uint32_t keys[kOfLane];
-
-  __device__ int count(uint32_t candidate) const {
-    int even = 0, odd = 0;
-#pragma unroll
-    for (int i = 0; i < kOfLane; i += 2) {
-      even += keys[i] >= candidate;
-      odd += keys[i + 1] >= candidate;
-    }
-    return even + odd;
-  }
-
-  __device__ uint32_t reach(uint32_t candidate) const {
-    uint32_t mask = 0;
-#pragma unroll
-    for (int i = 0; i < kOfLane; ++i) mask |= keys[i] >= candidate ? 1u << i : 0u;
-    return mask;
-  }
-
-  __device__ uint32_t largest() const {
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < kOfLane; ++i) most = max(most, keys[i]);
-    return most;
-  }
+struct Selecting {
+  alignas(16) uint32_t keys[kChunk];                       // at 16 bits, half of it
+  alignas(8) uint8_t reached[2][1 << kDigit][kWarps];      // by candidate and warp
+  alignas(16) uint32_t passed[kWarps];                     // by warp: keys above `whole`, and << 16, above `part`
 };
 
-// The keys of a lane's 32 channels, two to a word, with the sign bits set: less a candidate, they tell by that bit
-// whether a key reaches it, and neither half borrows from the other.
-struct HalfKeys {
-  uint32_t pairs[kOfLane / 2];
+// 16-bit keys as halves of the same order, none of them NaN, so that one instruction compares two.
+__device__ inline uint32_t as_half(uint32_t key) {
+  const int centred = static_cast<int>(key) - 0x4000;
+  return centred < 0 ? 0x8000u | -centred : centred;
+}
 
-  __device__ uint32_t reached(int pair, uint32_t candidate) const { return pairs[pair] - candidate * 0x10001u; }
-
-  // Even channels in the lower half, odd ones in the upper.
-  __device__ uint32_t reach_by_parity(uint32_t candidate) const {
-    uint32_t mask = 0;
-#pragma unroll
-    for (int i = 0; i < kOfLane / 2; ++i) mask |= reached(i, candidate) >> (15 - i) & 0x10001u << i;
-    return mask;
-  }
-
-  __device__ int count(uint32_t candidate) const { return __popc(reach_by_parity(candidate)); }
-
-  __device__ uint32_t reach(uint32_t candidate) const {
-    uint32_t mask = reach_by_parity(candidate);
-    // one channel after the other
-    mask = (mask & 0xff0000ffu) | (mask & 0x00ff0000u) >> 8 | (mask & 0x0000ff00u) << 8;
-    mask = (mask & 0xf00ff00fu) | (mask & 0x0f000f00u) >> 4 | (mask & 0x00f000f0u) << 4;
-    mask = (mask & 0xc3c3c3c3u) | (mask & 0x30303030u) >> 2 | (mask & 0x0c0c0c0cu) << 2;
-    return (mask & 0x99999999u) | (mask & 0x44444444u) >> 1 | (mask & 0x22222222u) << 1;
-  }
-
-  __device__ uint32_t largest() const {
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < kOfLane / 2; ++i) most = max(most, max(pairs[i] & 0x7fff, pairs[i] >> 16 & 0x7fff));
-    return most;
-  }
-};
-
+// Hands a thread's keys to its warp.
 template <typename T>
-using Keys = std::conditional_t<sizeof(T) == 2, HalfKeys, WideKeys>;
+__device__ inline void share_keys(const uint32_t (&keys)[kOfThread], Selecting& shared) {
+  __syncwarp();
+  if constexpr (sizeof(T) == 2) {
+    reinterpret_cast<uint2*>(shared.keys)[threadIdx.x] = {as_half(keys[0]) | as_half(keys[1]) << 16,
+                                                          as_half(keys[2]) | as_half(keys[3]) << 16};
+  } else {
+    reinterpret_cast<uint4*>(shared.keys)[threadIdx.x] = {keys[0], keys[1], keys[2], keys[3]};
+  }
+  __syncwarp();
+}
 
-// The lane's 32 numbers as 16 or 32 words; zeros behind the end.
+// The warp's keys that reach the lane's candidate.
 template <typename T>
-__device__ inline void load_words(const T* chunk, int length, int lane, uint32_t (&words)[8 * sizeof(T)]) {
-  constexpr int kPerVector = 16 / sizeof(T);
-  const T* const from = chunk + lane * kOfLane;
-  const int left = length - lane * kOfLane;
-  const bool whole = left >= kOfLane && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+__device__ inline uint32_t count_in_warp(uint32_t candidate, const Selecting& shared) {
+  const int warp = threadIdx.x / kWarp;
+  if constexpr (sizeof(T) == 2) {
+    const uint4* const mine = reinterpret_cast<const uint4*>(shared.keys) + warp * (kOfWarp / 8);
+    const uint32_t twice = as_half(candidate) * 0x10001u;
+    const __half2 least = reinterpret_cast<const __half2&>(twice);
+    __half2 sums[4] = {};  // at most 16 in each
+#pragma unroll 4
+    for (int v = 0; v < kOfWarp / 8; ++v) {
+      const uint4 w = mine[v];
+      const uint32_t pairs[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
-  for (int v = 0; v < kOfLane / kPerVector; ++v) {
-    alignas(16) T values[kPerVector];
-    if (whole) {
-      *reinterpret_cast<uint4*>(values) = reinterpret_cast<const uint4*>(from)[v];
-    } else {
-#pragma unroll
-      for (int e = 0; e < kPerVector; ++e) {
-        const int i = v * kPerVector + e;
-        values[e] = from_float<T>(0.f);
-        if (i < left) values[e] = from[i];
+      for (int i = 0; i < 4; ++i) {
+        sums[i] = __hadd2(sums[i], __hge2(reinterpret_cast<const __half2&>(pairs[i]), least));
       }
     }
+    const float2 total = __half22float2(__hadd2(__hadd2(sums[0], sums[1]), __hadd2(sums[2], sums[3])));
+    return static_cast<uint32_t>(total.x + total.y);
+  } else {
+    const uint4* const mine = reinterpret_cast<const uint4*>(shared.keys) + warp * (kOfWarp / 4);
+    uint32_t sum = 0;
+#pragma unroll 4
+    for (int v = 0; v < kOfWarp / 4; ++v) {
+      const uint4 w = mine[v];
+      sum += (w.x >= candidate) + (w.y >= candidate) + (w.z >= candidate) + (w.w >= candidate);
+    }
+    return sum;
+  }
+}
+
+// The chunk's keys that reach the lane's candidate; `turn` alternates between 0 and 1.
+template <typename T>
+__device__ inline int count_in_chunk(uint32_t candidate, int turn, Selecting& shared) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  shared.reached[turn][lane][warp] = static_cast<uint8_t>(count_in_warp<T>(candidate, shared));
+  __syncthreads();
+  static_assert(kWarps == 8, "two words of bytes");
+  const uint2 counts = *reinterpret_cast<const uint2*>(shared.reached[turn][lane]);
+  return __dp4a(counts.x, 0x01010101u, __dp4a(counts.y, 0x01010101u, 0u));
+}
+
+// Keys that reach `whole` are all taken, `taken` of them; keys that reach `part` fill up, lowest channel first.
+struct Cut {
+  uint32_t whole, part;
+  int taken;
+};
+
+// The highest of the lanes' candidates, which ascend, that k keys reach; the lowest is reached by all.
+__device__ inline int highest_reached(int count, int k) {
+  return 31 - __clz(__ballot_sync(kAll, count >= k) | 1u);
+}
+
+// kBits: of a key.
+template <typename T, int kBits>
+__device__ inline Cut cut_topk(int k, Selecting& shared) {
+  const int lane = threadIdx.x % kWarp;
+  uint32_t base = 0;  // reached by k keys or more; base + 2**(shift + kDigit) is not
+  int above = 0, turn = 0;
+  for (int shift = kBits - kDigit;; shift = max(shift - kDigit, 0), turn ^= 1) {
+    const int count = count_in_chunk<T>(base + (static_cast<uint32_t>(lane) << shift), turn, shared);
+    const int chosen = highest_reached(count, k);
+    const int reached = __shfl_sync(kAll, count, chosen), next = __shfl_sync(kAll, count, min(chosen + 1, kWarp - 1));
+    if (chosen < kWarp - 1) above = next;
+    base += static_cast<uint32_t>(chosen) << shift;
+    if (reached == k) return {base, base, k};
+    if (shift == 0) return {base + 1, base, above};
+  }
+}
+
+template <typename T>
+__device__ inline Cut cut_buckets(uint32_t floor, int k, Selecting& shared) {
+  const int count = count_in_chunk<T>(floor, 0, shared), chosen = highest_reached(count, k);
+  const int next = min(chosen + 1, kWarp - 1);
+  const uint32_t whole = __shfl_sync(kAll, floor, next), part = __shfl_sync(kAll, floor, chosen);
+  const int taken = __shfl_sync(kAll, count, next);
+  return chosen < kWarp - 1 ? Cut{whole, part, taken} : Cut{~0u, part, 0};
+}
+
+// Calls put(position, i) for those of the thread's channels, the i-th, that the cut lets through.
+template <typename Put>
+__device__ inline void collect(const uint32_t (&keys)[kOfThread], const Cut& cut, int k, int length,
+                               Selecting& shared, const Put& put) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int left = length - static_cast<int>(threadIdx.x) * kOfThread;
+  const uint32_t lower = (1u << lane) - 1;
+  uint32_t before = 0, all = 0;  // as in `passed`
 #pragma unroll
-    for (int w = 0; w < 4; ++w) words[4 * v + w] = reinterpret_cast<const uint32_t*>(values)[w];
+  for (int i = 0; i < kOfThread; ++i) {
+    const uint32_t whole = __ballot_sync(kAll, i < left && keys[i] >= cut.whole);
+    const uint32_t part = __ballot_sync(kAll, i < left && keys[i] >= cut.part) & ~whole;
+    before += __popc(whole & lower) | __popc(part & lower) << 16;
+    all += __popc(whole) | __popc(part) << 16;
+  }
+  if (lane == 0) shared.passed[warp] = all;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) before += w < warp ? shared.passed[w] : 0;
+  const int spare = k - cut.taken;
+  int filled = before >> 16, position = (before & 0xffff) + min(filled, spare);
+#pragma unroll
+  for (int i = 0; i < kOfThread; ++i) {
+    if (i >= left || keys[i] < cut.part) continue;
+    if (keys[i] >= cut.whole || filled++ < spare) put(position++, i);
   }
 }
 
@@ -125,140 +170,93 @@ __device__ inline uint32_t pattern_above<__nv_bfloat16>(int floor) {
   return __bfloat16_as_ushort(__float2bfloat16_ru(__int_as_float(floor)));
 }
 
-// Keys that reach `whole` are all taken, `taken` of them; keys that reach `part` fill up, lowest channel first.
-struct Cut {
-  uint32_t whole, part;
-  int taken;
-};
-
-constexpr uint32_t kNone = 0x80000000u;  // beyond all keys; as a candidate for halves, 0x8000
-
-template <typename K>
-__device__ inline int count_in_warp(const K& keys, uint32_t candidate) {
-  return __reduce_add_sync(kAll, keys.count(candidate));
-}
-
-// At least k keys reach `low`, fewer than k are above `high`.
-template <typename K>
-__device__ inline Cut cut_topk(const K& keys, int k) {
-  uint32_t low = 0, high = __reduce_max_sync(kAll, keys.largest());
-  int above_high = 0;
-  while (low < high) {
-    const uint32_t middle = high - (high - low) / 2;
-    const int count = count_in_warp(keys, middle);
-    if (count >= k) {
-      low = middle;
-      if (count == k) return {low, low, k};
-    } else {
-      high = middle - 1;
-      above_high = count;
-    }
-  }
-  return {high + 1, low, above_high};
-}
-
-template <typename T, typename K>
-__device__ inline Cut cut_buckets(const K& keys, int k, const int* floors, int lane) {
+// The lane's bucket floor, ascending, as a key: to be had before x is there.
+template <typename T>
+__device__ inline uint32_t floor_of_lane(const Selection& how) {
   static_assert(kBuckets == kWarp, "a lane for each floor");
-  const uint32_t pattern = pattern_above<T>(floors[lane]);
-  int first = 0, last = kBuckets - 1, above_first = 0;
-  uint32_t whole = sizeof(T) == 2 ? 0x8000u : kNone;
-  while (first < last) {
-    const int middle = (first + last) / 2;
-    const uint32_t candidate = __shfl_sync(kAll, pattern, middle);
-    const int count = count_in_warp(keys, candidate);
-    if (count >= k) {
-      last = middle;
-    } else {
-      first = middle + 1;
-      above_first = count;
-      whole = candidate;
-    }
-  }
-  return {whole, __shfl_sync(kAll, pattern, first), above_first};
+  return pattern_above<T>(how.floors[kBuckets - 1 - threadIdx.x % kWarp]);
 }
 
-// Calls put(position, channel) for the k channels that the cut lets through, counted from the chunk's first.
-template <typename K, typename Put>
-__device__ inline void collect(const K& keys, const Cut& cut, int k, int length, int lane, const Put& put) {
-  const int left = length - lane * kOfLane;
-  const uint32_t there = left >= kOfLane ? ~0u : left > 0 ? (1u << left) - 1 : 0u;
-  const uint32_t whole = keys.reach(cut.whole) & there, part = keys.reach(cut.part) & there & ~whole;
-  uint32_t counts = __popc(whole) | __popc(part) << 16, before = counts;
+// The thread's channels of a chunk; zeros behind the end.
+template <typename T>
+__device__ inline void load_values(const T* chunk, int length, T (&values)[kOfThread]) {
+  using Vector = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  static_assert(sizeof(Vector) == sizeof values, "one load");
+  const T* const from = chunk + threadIdx.x * kOfThread;
+  const int left = length - static_cast<int>(threadIdx.x) * kOfThread;
+  if (left >= kOfThread && reinterpret_cast<uintptr_t>(from) % sizeof(Vector) == 0) {
+    alignas(Vector) T aligned[kOfThread];
+    *reinterpret_cast<Vector*>(aligned) = *reinterpret_cast<const Vector*>(from);
 #pragma unroll
-  for (int d = 1; d < kWarp; d *= 2) {
-    const uint32_t other = __shfl_up_sync(kAll, before, d);
-    if (lane >= d) before += other;
+    for (int i = 0; i < kOfThread; ++i) values[i] = aligned[i];
+    return;
   }
-  before -= counts;
-  const int spare = k - cut.taken, filled = min(static_cast<int>(before >> 16), spare);
-  uint32_t rest = part;
-  for (int i = filled; i < spare && rest != 0; ++i) rest &= rest - 1;
-  int position = (before & 0xffff) + filled;
-  for (uint32_t taken = whole | (part & ~rest); taken != 0; taken &= taken - 1) {
-    put(position++, lane * kOfLane + __ffs(taken) - 1);
-  }
+#pragma unroll
+  for (int i = 0; i < kOfThread; ++i) values[i] = i < left ? from[i] : from_float<T>(0.f);
 }
 
-// Calls put(position, channel) for the k = chunk_budget channels of one chunk, counted from its first.
+__device__ inline uint32_t pattern(float v) { return __float_as_uint(v); }
+__device__ inline uint32_t pattern(__half v) { return __half_as_ushort(v); }
+__device__ inline uint32_t pattern(__nv_bfloat16 v) { return __bfloat16_as_ushort(v); }
+
+// Calls put(position, channel, x) for the k = chunk_budget channels of one chunk, counted from its first. By a whole
+// block of threads; `floor` is floor_of_lane.
 template <typename T, typename Put>
-__device__ inline void select_chunk(const T* chunk, int length, const Selection& how, int lane, const Put& put) {
+__device__ inline void select_chunk(const T* chunk, int length, const Selection& how, uint32_t floor,
+                                    Selecting& shared, const Put& put) {
   const int k = chunk_budget(length, how.k_chunk);
   if (k == 0) return;
-  Keys<T> keys;
-  uint32_t words[8 * sizeof(T)];
-  load_words(chunk, length, lane, words);
+  constexpr int kBits = 8 * sizeof(T) - 1;
+  T values[kOfThread];
+  load_values(chunk, length, values);
+  uint32_t keys[kOfThread];
 #pragma unroll
-  for (int i = 0; i < int(8 * sizeof(T)); ++i) {
-    if constexpr (sizeof(T) == 2) {
-      keys.pairs[i] = words[i] | 0x80008000u;
-    } else {
-      keys.keys[i] = words[i] & 0x7fffffffu;
-    }
-  }
+  for (int i = 0; i < kOfThread; ++i) keys[i] = pattern(values[i]) & ((1u << kBits) - 1);
+  share_keys<T>(keys, shared);
   const bool buckets = how.kind == Selection::Kind::buckets;
-  collect(keys, buckets ? cut_buckets<T>(keys, k, how.floors, lane) : cut_topk(keys, k), k, length, lane, put);
+  const Cut cut = buckets ? cut_buckets<T>(floor, k, shared) : cut_topk<T, kBits>(k, shared);
+  collect(keys, cut, k, length, shared, [&](int position, int i) {
+    put(position, threadIdx.x * kOfThread + i, values[i]);
+  });
 }
 
 // The same for random selection, by the token's fingerprint; `first` is the chunk's first channel.
 template <typename Put>
-__device__ inline void draw_chunk(int first, int length, int k_chunk, uint32_t print, int lane, const Put& put) {
+__device__ inline void draw_chunk(int first, int length, int k_chunk, uint32_t print, Selecting& shared,
+                                  const Put& put) {
   const int k = chunk_budget(length, k_chunk);
   if (k == 0) return;
-  WideKeys keys;
+  uint32_t keys[kOfThread];
 #pragma unroll
-  for (int i = 0; i < kOfLane; ++i) {
-    const int channel = lane * kOfLane + i;
-    keys.keys[i] = channel < length ? mix32(mix32(static_cast<uint32_t>(first + channel)) ^ print) >> 1 : 0;
+  for (int i = 0; i < kOfThread; ++i) {
+    const int channel = threadIdx.x * kOfThread + i;
+    keys[i] = channel < length ? mix32(mix32(static_cast<uint32_t>(first + channel)) ^ print) >> 1 : 0;
   }
-  collect(keys, cut_topk(keys, k), k, length, lane, put);
+  share_keys<uint32_t>(keys, shared);
+  collect(keys, cut_topk<uint32_t, 31>(k, shared), k, length, shared, [&](int position, int i) {
+    put(position, threadIdx.x * kOfThread + i);
+  });
 }
 
-// The share of one chunk in the sum over a token's negative channels that seeds its draw.
+// A token's fingerprint, by a whole block of threads: seeds the draw by which of its channels are negative.
 template <typename T>
-__device__ inline uint32_t sign_sum(const T* chunk, int first, int length, int lane) {
-  uint32_t words[8 * sizeof(T)], sum = 0;
-  load_words(chunk, length, lane, words);
-#pragma unroll
-  for (int i = 0; i < kOfLane; ++i) {
-    const uint32_t sign = sizeof(T) == 2 ? words[i / 2] >> (i % 2 * 16 + 15) & 1 : words[i] >> 31;
-    if (sign) sum += mix32(static_cast<uint32_t>(first + lane * kOfLane + i));
-  }
-  return __reduce_add_sync(kAll, sum);
-}
-
-// A token's fingerprint: called by a whole block of threads; `partial` is a word of shared memory per warp.
-template <typename T>
-__device__ inline uint32_t fingerprint(const T* row, int in_features, uint64_t seed, uint32_t* partial) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+__device__ inline uint32_t fingerprint(const T* row, int in_features, uint64_t seed, Selecting& shared) {
+  constexpr int kSign = 8 * sizeof(T) - 1;
   uint32_t sum = 0;
-  for (int first = warp * kChunk; first < in_features; first += kWarps * kChunk) {
-    sum += sign_sum(row + first, first, min(kChunk, in_features - first), lane);
+  for (int first = 0; first < in_features; first += kChunk) {
+    T values[kOfThread];
+    load_values(row + first, min(kChunk, in_features - first), values);
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const uint32_t channel = first + threadIdx.x * kOfThread + i;
+      if (pattern(values[i]) >> kSign & 1) sum += mix32(channel);
+    }
   }
-  if (lane == 0) partial[warp] = sum;
+  sum = __reduce_add_sync(kAll, sum);
+  if (threadIdx.x % kWarp == 0) shared.passed[threadIdx.x / kWarp] = sum;
   __syncthreads();
   uint32_t total = mix_seed(seed);
-  for (int w = 0; w < kWarps; ++w) total += partial[w];
+  for (int w = 0; w < kWarps; ++w) total += shared.passed[w];
   __syncthreads();
   return mix32(total);
 }

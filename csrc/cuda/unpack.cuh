@@ -105,7 +105,7 @@ __device__ inline uint32_t uniform_register(const uint32_t* words) {
 template <int kBits>
 constexpr int kTableWords = (1 << kBits) / 2;
 
-// Four codes, as the nibbles of `selectors`, -> two registers.
+// Four codes, as the lower four nibbles of `selectors`, -> two registers.
 template <int kBits>
 __device__ inline void look_up(const uint32_t* table, uint32_t selectors, uint32_t upper, uint32_t* r) {
   constexpr int kHalf = kTableWords<kBits> / 2;
@@ -127,36 +127,59 @@ __device__ inline void look_up(const uint32_t* table, uint32_t selectors, uint32
   r[1] = permute(low, high, 0x7362);
 }
 
-// Registers 2 * step and 2 * step + 1: codes 4 * step .. 4 * step + 3.
-template <int kBits, int step>
-__device__ inline void codebook_registers(const uint32_t* words, const uint32_t* table, uint32_t* r) {
-  constexpr int kUp = step % 2 * 16;  // permutations read the lower four nibbles
-  if constexpr (kBits == 4) {
-    const uint32_t nibbles = words[step / 2] >> kUp;
-    // with its top bit set, a selector spreads the sign of a byte: of odd nibbles as they are, of even ones
-    // shifted up
-    const uint32_t upper = permute(nibbles, nibbles << 4, 0x9d8c);
-    look_up<4>(table, nibbles & 0x7777u, upper, r);
-  } else if constexpr (kBits == 3 && step < 6) {
-    look_up<3>(table, words[step / 2] >> kUp & 0x7777u, 0, r);
-  } else if constexpr (kBits == 3) {
-    uint32_t last = (words[0] >> (3 + kUp)) & 0x1111u;
-    last = and_or(words[1] >> (2 + kUp), 0x2222u, last);
-    look_up<3>(table, and_or(words[2] >> (1 + kUp), 0x4444u, last), 0, r);
+// Eight codes to a word, as nibbles below 8: all that the permutations of a row read.
+template <int kBits>
+__device__ inline void selectors_of(const uint32_t* words, uint32_t (&selectors)[4]) {
+  if constexpr (kBits == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) selectors[i] = words[i / 2] >> (i % 2 * 2) & 0x33333333u;
   } else {
-    look_up<2>(table, words[step / 4] >> (step / 2 % 2 * 2 + kUp) & 0x3333u, 0, r);
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) selectors[i] = words[i] & 0x77777777u;
+  }
+  if constexpr (kBits == 3) {
+    selectors[3] = words[0] >> 3 & 0x11111111u;
+    selectors[3] = and_or(words[1] >> 2, 0x22222222u, selectors[3]);
+    selectors[3] = and_or(words[2] >> 1, 0x44444444u, selectors[3]);
   }
 }
 
-template <typename T, Format kFormat, int kBits, int step>
-__device__ inline void unpack(const uint32_t* words, const uint32_t* table, uint32_t (&r)[2]) {
-  if constexpr (kFormat == Format::codebook) {
-    codebook_registers<kBits, step>(words, table, r);
-  } else {
-    r[0] = uniform_register<T, kBits, 2 * step>(words);
-    r[1] = uniform_register<T, kBits, 2 * step + 1>(words);
+// Registers 2 * step and 2 * step + 1: codes 4 * step .. 4 * step + 3.
+template <int kBits, int step>
+__device__ inline void codebook_registers(const uint32_t* words, const uint32_t (&selectors)[4], const uint32_t* table,
+                                          uint32_t* r) {
+  const uint32_t four = step % 2 == 0 ? selectors[step / 2] : selectors[step / 2] >> 16;
+  uint32_t upper = 0;
+  if constexpr (kBits == 4) {
+    // with its top bit set, a selector spreads the sign of a byte: of odd nibbles as they are, of even ones
+    // shifted up
+    const uint32_t word = words[step / 2];
+    upper = permute(word, word << 4, step % 2 == 0 ? 0x9d8c : 0xbfae);
   }
+  look_up<kBits>(table, four, upper, r);
 }
+
+// A row's words in a lane, and what is made of them once for all steps.
+template <typename T, Format kFormat, int kBits>
+struct Row {
+  const uint32_t* const words;
+  const uint32_t* const table;
+  uint32_t selectors[4];
+
+  __device__ Row(const uint32_t* words, const uint32_t* table) : words(words), table(table) {
+    if constexpr (kFormat == Format::codebook) selectors_of<kBits>(words, selectors);
+  }
+
+  template <int step>
+  __device__ void unpack(uint32_t (&r)[2]) const {
+    if constexpr (kFormat == Format::codebook) {
+      codebook_registers<kBits, step>(words, selectors, table, r);
+    } else {
+      r[0] = uniform_register<T, kBits, 2 * step>(words);
+      r[1] = uniform_register<T, kBits, 2 * step + 1>(words);
+    }
+  }
+};
 
 // Calls work(std::integral_constant<int, step>{}) for each step of the tensor cores.
 template <typename Work>

@@ -10,7 +10,7 @@
 namespace decdec::cuda {
 namespace {
 
-constexpr int64_t kLeastWords = 1 << 16;
+constexpr int64_t kLeastWords = 1 << 17;  // enough for one token of large layers
 
 struct Block {
   int device;
