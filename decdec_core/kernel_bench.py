@@ -75,7 +75,7 @@ def make_case(
     copies = _copies(slabs * depth * words * 4)
     weights = [_random_weight(slabs, depth, words, bits, kind, shape, dtype) for _ in range(copies)]
     # few inputs: the layer before has just written them, so that they lie in the cache
-    few = [_heavy_tailed(tokens, in_features).to(dtype) for _ in range(2)]
+    few = [heavy_tailed(tokens, in_features).to(dtype) for _ in range(2)]
     inputs = [few[i % 2] for i in range(copies)]
     largest = torch.cat(few).float().abs().sort(1, descending=True).values.amax(0).cpu()
     measured = ActivationStatistics(largest, torch.rand(in_features), torch.zeros(in_features))
@@ -105,12 +105,10 @@ def _random_weight(
     return TiledWeight(tiles, bits, shape[1], shape[0])
 
 
-def _heavy_tailed(tokens: int, in_features: int) -> Tensor:
-    # a few channels carry most of a token, as in real activations
-    return (
-        torch.randn(tokens, in_features, device="cuda")
-        * (torch.randn(in_features, device="cuda") * 1.2).exp()
-    )
+def heavy_tailed(tokens: int, in_features: int) -> Tensor:
+    """Return activations (tokens, in) float32 on the GPU, most of each carried by the same few channels."""
+    spread = (torch.randn(in_features, device="cuda") * 1.2).exp()
+    return torch.randn(tokens, in_features, device="cuda") * spread
 
 
 def shapes_of(text: str) -> dict[str, tuple[int, int]]:
@@ -162,9 +160,19 @@ def kernel_times(
                         compensation_row(case, k, selection) for selection in selections for k in k_chunk
                     ]
     progress.close()
+    return result_of(rows)
+
+
+def result_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return {"hardware", "versions", "commit", "measured", "rows"}: rows, and where they come from."""
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "decdec": decdec_core.__version__}
     environment = {"hardware": torch.cuda.get_device_name(), "versions": versions}
     return {**environment, "commit": os.environ.get("DECDEC_COMMIT"), "measured": True, "rows": rows}
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -182,7 +190,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         [label, *(f"{times[m]:.2f}" for m in matrices), f"{sum(times.values()):.2f}"]
         for label, times in lines.items()
     ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body))
+    return markdown(head, body)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -279,7 +287,7 @@ def fp16_row(name: str, shape: tuple[int, int], tokens: int = 1) -> dict[str, An
     weights = [
         torch.randn(out_features, in_features, device="cuda", dtype=torch.half) for _ in range(_copies(size))
     ]
-    inputs = [_heavy_tailed(tokens, in_features).half()] * len(weights)
+    inputs = [heavy_tailed(tokens, in_features).half()] * len(weights)
     calls = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w, x in zip(weights, inputs, strict=True)]
     time_us = replay_us(calls)
     about = {

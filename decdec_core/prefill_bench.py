@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import decdec_core
 from decdec_core import prefill
 from decdec_core.calibration import ActivationStatistics
 from decdec_core.channels import make_selection
@@ -23,7 +21,7 @@ from decdec_core.config import (
     require_int,
     require_one_of,
 )
-from decdec_core.kernel_bench import shapes_of
+from decdec_core.kernel_bench import heavy_tailed, markdown, result_of, shapes_of
 from decdec_core.linear import DecLinear
 from decdec_core.ops import Selection
 from decdec_core.packing import channel_bytes
@@ -77,9 +75,7 @@ def prefill_times(
         }
         for name in names
     ]
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "decdec": decdec_core.__version__}
-    environment = {"hardware": torch.cuda.get_device_name(), "versions": versions}
-    return {**environment, "commit": os.environ.get("DECDEC_COMMIT"), "measured": True, "rows": rows}
+    return result_of(rows)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -92,7 +88,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body))
+    return markdown(head, body)
 
 
 class Pass:
@@ -100,7 +96,7 @@ class Pass:
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], bits: int, tokens: int, blocks: int) -> None:
         self.stage = prefill.Stage()
-        self.inputs = [_heavy_tailed(tokens, in_features) for in_features, _ in shapes.values()]
+        self.inputs = [heavy_tailed(tokens, in_features).half() for in_features, _ in shapes.values()]
         self.measured = [_statistics_of(x) for x in self.inputs]
         self.blocks = [[_layer(shape, bits, self.stage) for shape in shapes.values()] for _ in range(blocks)]
 
@@ -156,12 +152,6 @@ def _layer(shape: tuple[int, int], bits: int, stage: prefill.Stage) -> DecLinear
     layer.stage = stage
     layer.prepare_for_gpu()
     return layer
-
-
-def _heavy_tailed(tokens: int, in_features: int) -> Tensor:
-    # a few channels carry most of a token, as in real activations
-    spread = (torch.randn(in_features, device="cuda") * 1.2).exp()
-    return (torch.randn(tokens, in_features, device="cuda") * spread).half()
 
 
 def _statistics_of(x: Tensor) -> ActivationStatistics:
