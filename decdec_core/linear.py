@@ -39,15 +39,16 @@ class DecLinear(nn.Module):
     input_scale s (in,) float32 where AWQ could not fold it, and bias (out,). The residual and the
     statistics are no buffers: they stay in host memory through `.to()`.
 
-    Inputs (..., tokens, in), outputs (..., tokens, out) in the input's dtype; both products are summed in
+    Inputs (..., tokens, in), outputs (..., tokens, out) in the input's dtype; the compensation is summed in
     float32. `selection` None, or a pass that `scope` leaves out, gives the base layer bit for bit.
 
     On a GPU the weight is kept in the kernels' order instead (`tiled`; the three buffers are then empty) and
     the residual pinned. One to eight tokens in half precision take `ops.linear`, and y is rounded once. More,
     or other settings than its kernels have, take a dense weight decoded for the pass, and y is rounded to the
     input's dtype twice, after the base product and after the compensation; the residual's rows are rounded to
-    it too. Of the residual they fetch the rows of a static selection once; what their tokens chose one by
-    one, while that is less than the residual; else the whole, copied while another layer computes (`stage`).
+    it too, and the sums are as torch's matrix products carry them. Of the residual they fetch the rows of a
+    static selection once; what their tokens chose one by one, while that is less than the residual; else the
+    whole, copied while another layer computes (`stage`).
     """
 
     codes: Tensor
@@ -162,17 +163,19 @@ class DecLinear(nn.Module):
 
     def _add_fetched(self, tokens: Tensor, y: Tensor, selection: ops.Selection) -> None:
         step = min(_TOKENS_AT_ONCE, max(1, _SUMS_AT_ONCE // self.out_features))
-        for part, sums in zip(tokens.split(step), y.split(step), strict=True):
-            sums.copy_(self._compensated(part, sums, selection))
+        for first in range(0, tokens.shape[0], step):
+            part = slice(first, first + step)
+            y[part] = self._compensated(tokens[part], y[part], selection)
 
     def _add_whole(
         self, tokens: Tensor, y: Tensor, selection: ops.Selection, codes: Tensor, scale: Tensor
     ) -> None:
         assert self.residual is not None
         step = prefill.tokens_at_once(self.in_features, self._channels(selection))
-        for part, sums in zip(tokens.split(step), y.split(step), strict=True):
+        for first in range(0, tokens.shape[0], step):
+            part = tokens[first : first + step]
             x = prefill.masked(part, selection(part))
-            prefill.add_rows(sums, x, codes, scale, self.residual.config.bits)
+            prefill.add_rows(y[first : first + step], x, codes, scale, self.residual.config.bits)
 
     def _channels(self, selection: ops.Selection) -> int:
         if selection.indices is not None:

@@ -227,19 +227,31 @@ class Selection:
 def select_and_compensate(
     x: Tensor, selection: Selection, codes: Tensor, scale: Tensor, bits: int, y: Tensor
 ) -> None:
-    """Add to y what the channels that `selection` chooses contribute, in place, in one launch on a GPU.
+    """Add to y what the channels that `selection` chooses contribute, in place.
 
-    A random selection takes a launch before. Arguments and errors: compensate's.
+    One to eight tokens take one launch on a GPU, and one before it for a random selection; more take one for
+    the selection and one for the rest. Other arguments and errors are those of compensate.
     """
     if x.device.type != "cuda" or x.shape[0] > MOST_TOKENS:
         compensate(x, selection(x), codes, scale, bits, y)
         return
     kernels.require_cuda(x.device)
-    how = (selection.kind, selection.indices, selection.floors, selection.seed, selection.k_chunk)
+    indices = None if selection.indices is None else selection.indices.to(x.device)
+    how = (selection.kind, indices, selection.floors, selection.seed, selection.k_chunk)
     try:
         torch.ops.decdec.select_and_compensate.default(x, *how, codes, scale, bits, y)
     except ValueError as error:
         raise DecDECError(str(error)) from None
+
+
+def select_and_compensate_ref(
+    x: Tensor, selection: Selection, codes: Tensor, scale: Tensor, bits: int, y: Tensor
+) -> None:
+    """Add to y what the channels that `selection` chooses contribute: the twin of select_and_compensate.
+
+    The selection's own op serves; the other arguments and errors are those of compensate_ref.
+    """
+    compensate_ref(x, selection(x), codes, scale, bits, y)
 
 
 @dataclass(frozen=True)
@@ -270,8 +282,8 @@ def linear(
     """Return the low-bit product and, where `selection` is given, its compensation, in one launch.
 
     A random selection takes a launch before; several tokens take more than one on GPUs with 99 KB of shared
-    memory for a block. The weight must be complete before the launch that precedes this one on the stream,
-    and pinned tensors be kept until the stream is done with them.
+    memory for a block. The weight and `scale` must be complete before the launch that precedes this one on
+    the stream, and pinned tensors be kept until the stream is done with them.
     x: (tokens, in) float16 or bfloat16, 1 to 8 tokens, in a multiple of 32. codes (in, out / 2) uint8, 4-bit,
     and scale (out,) float32: the residual as in `compensate`, on x's device or in pinned host memory; out a
     multiple of 32. n_tb: thread blocks that fetch, at most. Returns (tokens, out) of x's dtype; sums are

@@ -125,7 +125,7 @@ def add_rows(
 ) -> None:
     """Add x @ rows to y (tokens, out), in place: rows as in dequantize_residual, of x's dtype.
 
-    x: (tokens, rows) of y's dtype. Sums are carried in float32, and y is rounded once.
+    x: (tokens, rows) of y's dtype. Sums are carried as torch's matrix products do, and y is rounded once.
     """
     per_element = 8 * codes.element_size() // bits
     for first, end in slabs(x.shape[1], y.shape[1]):
@@ -207,7 +207,8 @@ class Stage:
         if previous is not None and previous is not layer:
             self._next[previous] = weakref.ref(layer)
         here.previous = weakref.ref(layer)
-        if not here.ahead or here.ahead[0].source is not residual:
+        first = here.ahead[0] if here.ahead else None
+        if first is None or first.source is not residual or first.codes.device != layer.device:
             # first, so that its memory serves again
             here.ahead.clear()
             here.ahead.append(self._start(layer, residual))
@@ -232,13 +233,18 @@ class Stage:
         last = ahead[-1].layer() if ahead else layer
         while last is not None:
             following = self._next.get(last, lambda: None)()
+            if following is not None and following.device.type != layer.device.type:
+                return  # it has left the GPU
             residual = following.copied_whole(tokens, dtype) if following is not None else None
             if following is None or residual is None:
                 return
             size += residual.codes.nbytes
             if ahead and size > _AHEAD_BYTES:
                 return
-            ahead.append(self._start(following, residual))
+            try:
+                ahead.append(self._start(following, residual))
+            except torch.OutOfMemoryError:
+                return  # what fits in its turn need not fit ahead of it
             last = following
 
     def _start(self, layer: Staged, residual: QuantizedResidual) -> _Copy:

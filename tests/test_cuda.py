@@ -195,6 +195,31 @@ def test_nan_and_infinity_come_out() -> None:
         y = ops.linear(x, weight, Selection("exact", 16), codes, scale)
         assert y[0].isfinite().all()
         assert not y[1].isfinite().any()
+        total = torch.zeros(2, 96, device="cuda")
+        ops.select_and_compensate(x, Selection("exact", 16), codes, scale, 4, total)
+        assert total[0].isfinite().all()
+        wanted = torch.zeros(2, 96)
+        ops.compensate_ref(x.cpu(), ops.select_topk(x, 16).cpu(), codes, scale, 4, wanted)
+        assert torch.equal(total[1].cpu().isfinite(), wanted[1].isfinite())
+
+
+@pytest.mark.parametrize("kind", ["exact", "static"])
+def test_columns_in_several_runs_and_channels_in_several_turns(kind: str) -> None:
+    shape = (2080, 16416)  # 513 units of 32 outputs for two blocks, more channels than a block lists
+    weight, exact = draw_weight(*shape, 3, "uniform", torch.float16, bias=False)
+    x = draw_x(2, shape[0], torch.float16)
+    codes, scale, residual = draw_residual(*shape)
+    selection = selection_of(kind, 1024, x)
+    wanted = x.double() @ exact.T + compensation(x, selection(x), residual)
+    got = ops.linear(x, weight, selection, codes, scale, 2)
+    assert relative_error(got, wanted) < TOLERANCE[torch.float16]
+
+
+def test_bucket_floors_beyond_half_precision() -> None:
+    x = draw_x(3, 2080, torch.float16)
+    x[1, ::7] = torch.inf
+    selection = Selection("dynamic", 16, floors=ops.bucket_floors(1e6, 7e4))
+    assert torch.equal(selection(x).cpu(), selection(x.cpu()))
 
 
 def test_a_graph_replayed_with_other_inputs_is_eager() -> None:

@@ -231,6 +231,45 @@ def test_a_residual_that_the_pass_did_not_use_is_dropped(one_ahead: None) -> Non
     assert pass_over(stage, layers) == [[0, 1], [2], []]
 
 
+def test_a_layer_that_moved_is_not_copied_to_where_it_was(one_ahead: None) -> None:
+    stage, layers = FakeStage(), [FakeLayer() for _ in range(3)]
+    pass_over(stage, layers)
+    layers[1].device = torch.device("meta")
+    stage.log.clear()
+    stage.reset()
+    stage.begin(layers[0], layers[0].residual)
+    with stage.resident(layers[0], 9, torch.float16):
+        assert not stage._here.ahead
+    layers[1].device = torch.device("cpu")
+    stage.begin(layers[1], layers[1].residual)
+    layers[1].device = torch.device("meta")
+    stage.begin(layers[1], layers[1].residual)
+    assert stage.log[-1] is layers[1].residual
+    assert len(stage.log) == 3  # once for its place before, once for the new one
+
+
+def test_no_memory_for_a_copy_ahead_is_no_error() -> None:
+    class Full(FakeStage):
+        def _start(self, layer: Any, residual: QuantizedResidual) -> Any:
+            if self._here.previous is not None and self._here.previous() is not layer:
+                raise torch.OutOfMemoryError("full")
+            return super()._start(layer, residual)
+
+    stage, layers = Full(), [FakeLayer() for _ in range(3)]
+    for _ in range(2):
+        assert pass_over(stage, layers) == [[0], [1], [2]]
+
+
+def test_an_error_in_a_pass_leaves_the_stage_usable() -> None:
+    stage, layers = FakeStage(), [FakeLayer() for _ in range(3)]
+    pass_over(stage, layers)
+    stage.reset()
+    stage.begin(layers[0], layers[0].residual)
+    with pytest.raises(KeyError), stage.resident(layers[0], 9, torch.float16):
+        raise KeyError
+    assert pass_over(stage, layers) == [[0], [1, 2], []]
+
+
 def test_a_layer_alone_has_no_next() -> None:
     stage, layer = FakeStage(), FakeLayer()
     for _ in range(3):
@@ -275,6 +314,7 @@ def test_every_way_through_the_layer_on_the_twins(
     layer._pinned = layer.residual
     assert relative_error(layer._on_gpu(x, layer.selection), wanted) < 1e-5
     assert layer._on_gpu(x[:0], layer.selection).shape == (0, 192)
+    assert torch.equal(layer._on_gpu(x.requires_grad_(), layer.selection), layer._on_gpu(x, layer.selection))
 
 
 # not static: its twin looks at the channels, which the kernel does not

@@ -21,7 +21,7 @@ struct Work {
 template <int kBits>
 struct Alone {
   Shared<kBits> shared;
-  alignas(16) float scale[kMaxUnits<kBits> * kUnitOutputs<kBits>];
+  alignas(16) float scale[kMaxUnits<kBits> * kUnitOutputs<kBits>];  // of a column, which is one run
 };
 
 template <typename T, int kBits>
@@ -43,14 +43,15 @@ __global__ void __launch_bounds__(kThreads) compensate_kernel(const __grid_const
   float* const sums = work.sums + token * last * work.out_features;
   float* const y = work.y + token * work.out_features;
   const T* const row = static_cast<const T*>(work.x.data) + token * work.x.in_features;
-  compensate_piece<kBits>(row, work.x.in_features, work.selection, work.selection.indices + token * work.selection.stride,
-                          floor, piece_of(work.x.in_features, work.selection, piece, work.pieces), work.residual,
+  const int32_t* const listed = work.selection.indices + token * work.selection.stride;
+  const Piece share = piece_of(work.x.in_features, work.selection, piece, work.pieces);
+  compensate_piece<kBits>(row, work.x.in_features, work.selection, listed, floor, share, work.residual,
                           work.out_features, begin, end, alone.shared, [&](int output, float4 own) {
     if (piece < last) {
       send(sums + int64_t{piece} * work.out_features + output, own);
       return;
     }
-    copies_wait<0>();
+    copies_wait<0>();  // of the four scales that this thread itself has copied: those of the outputs it has here
     const float mine[4] = {own.x, own.y, own.z, own.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -65,8 +66,8 @@ void divide(const Activations& x, const Selection& how, int out_features, int* c
   // few tokens: columns so narrow that the whole device fetches, and a block for a chunk; many: columns as wide as a
   // block takes, of all chunks
   const int units = out_features / kUnitOutputs<kBits>, most = kMaxUnits<kBits>, least = 16;
-  const int wanted = (units * x.tokens + 255) / 256;
-  const int each = wanted < least ? least : wanted > most ? most : wanted;
+  const int64_t wanted = (int64_t{units} * x.tokens + 255) / 256;
+  const int each = static_cast<int>(wanted < least ? least : wanted > most ? most : wanted);
   *columns = (units + each - 1) / each;
   const int chunks = (x.in_features + kChunk - 1) / kChunk;
   *pieces = how.kind != Selection::Kind::listed && x.tokens <= kMaxTokens ? chunks : 1;
@@ -103,6 +104,7 @@ cudaError_t compensate(const Activations& x, const Selection& how, const Residua
       divide<kBits>(x, how, out_features, &work.columns, &work.pieces);
       const dim3 grid(work.columns * work.pieces, x.tokens);
       constexpr int kBytes = sizeof(Alone<kBits>);
+      static_assert(kBytes <= 99 * 1024, "what a block gets on compute capability 8.6, 8.9 and 12.0");
       const auto kernel = compensate_kernel<decltype(scalar), kBits>;
       const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
       if (error != cudaSuccess) return error;

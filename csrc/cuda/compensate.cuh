@@ -24,14 +24,17 @@ namespace decdec::cuda {
 
 constexpr int kInFlight = 4;
 constexpr int kListed = 1024;       // channels held in shared memory at a time
-constexpr int kOutputsMost = 8192;  // of a slab
+// Outputs that a block sums at a time.
+template <int kBits>
+constexpr int kOutputsMost = kBits == 2 ? 4096 : 8192;
 
 template <int kBits>
 constexpr int kUnitOutputs = 128 / kBits;
 
 // Units that one block takes at a time: each has a thread.
 template <int kBits>
-constexpr int kMaxUnits = kOutputsMost / kUnitOutputs<kBits> < kThreads ? kOutputsMost / kUnitOutputs<kBits> : kThreads;
+constexpr int kMaxUnits =
+    kOutputsMost<kBits> / kUnitOutputs<kBits> < kThreads ? kOutputsMost<kBits> / kUnitOutputs<kBits> : kThreads;
 
 template <int kBits>
 struct Shared {
@@ -144,20 +147,19 @@ __device__ inline void add_channels(const Residual& residual, int64_t row_bytes,
 }
 
 // Calls put(output, sums) for the outputs of units begin .. end - 1 of one token, four at a time, each by one thread,
-// with what the channels of `piece` give. By a whole block; x may be written by the launch before until `wait_for_previous`, which
-// the caller has behind it. `floor` is floor_of_lane.
+// with what the channels of `piece` give. By a whole block, once x is there. `floor` is floor_of_lane.
 template <int kBits, typename T, typename Put>
 __device__ inline void compensate_piece(const T* row, int in_features, const Selection& how, const int32_t* listed,
                                         uint32_t floor, Piece piece, const Residual& residual, int out_features,
                                         int begin, int end, Shared<kBits>& shared, const Put& put) {
   constexpr int kOutputs = kUnitOutputs<kBits>;
   const int64_t row_bytes = channel_bytes(out_features, kBits);
-  const int slabs = (end - begin + kMaxUnits<kBits> - 1) / kMaxUnits<kBits>;
+  const int runs = (end - begin + kMaxUnits<kBits> - 1) / kMaxUnits<kBits>;
   int now = 0;
   bool all_there = false;  // the piece's channels, of which one list holds all
-  for (int slab = 0; slab < slabs; ++slab) {
-    const int first = begin + part_of(end - begin, slab, slabs);
-    const int count = begin + part_of(end - begin, slab + 1, slabs) - first;
+  for (int run = 0; run < runs; ++run) {
+    const int first = begin + part_of(end - begin, run, runs);
+    const int count = begin + part_of(end - begin, run + 1, runs) - first;
     Piece left = piece;
     bool set = true;
     do {

@@ -207,7 +207,8 @@ struct Product {
     int ahead = begin + warp, ahead_depth = ahead - first_slab * work.depth;
     const char* ahead_tile = static_cast<const char*>(work.weight.tiles) + int64_t{ahead} * kTile + lane * 16;
     const T* const row = static_cast<const T*>(work.x.data) + int64_t{lane / 4} * work.x.in_features;
-    // the first tiles do not depend on the launch before this one, whose work has to be another than to write them
+    // the first tiles and scales do not depend on the launch before this one, whose work has to be another than to write
+    // them
     int unwritten = first_slab;
     float scale = scale_of(unwritten);
     if constexpr (kCodebook) fetch_tables(first_slab);
@@ -279,7 +280,7 @@ struct Product {
     const int place = depth / kWarps;
     float4* const kept = reinterpret_cast<float4*>(ring + kStages * stage_bytes<kFormat, kBits>(work.x.tokens)) +
                          place % kPlaces * kWarp + lane;
-    if (known >> place & 1) {
+    if (place < kPlaces && known >> place & 1) {
       const float4 v = *kept;
       shift[0] = v.x, shift[1] = v.y, shift[2] = v.z, shift[3] = v.w;
       return;
