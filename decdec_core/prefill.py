@@ -26,9 +26,7 @@ from decdec_core.residuals import QuantizedResidual
 
 _DECODED_AT_ONCE = 1 << 25  # elements of a slab: 64 MB in half precision
 _MASKED_AT_ONCE = 1 << 26  # activations, and the channels chosen for them
-_AHEAD_BYTES = (
-    1 << 27
-)  # of residuals copied before their turn: a block of Llama-3-8B, so that no link stands idle
+_AHEAD_BYTES = 1 << 27  # of residuals copied before their turn: a block of Llama-3-8B's
 _SLAB_COLUMNS = 128  # a slab's columns are a multiple: whole units of 16 bytes at any bits
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -178,8 +176,7 @@ class Stage:
 
     One object shared by a model's layers. It learns their order from the passes; `reset` begins a pass, so
     that nothing is copied past the end of one. On the device are the residual in use and, ahead of it, one or
-    as many as 128 MB hold. Each thread has its own place in its own pass. A deep or unpickled copy starts
-    afresh.
+    as many as 128 MB hold. Each thread has its own place in its own pass. A copy of a stage starts afresh.
     """
 
     def __init__(self) -> None:

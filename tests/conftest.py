@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random models of every supported architecture, and where real data is."""
+"""Shared: tiny random models of every supported architecture, a random layer, and where real data is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,8 +25,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from decdec_core import ops
 from decdec_core.build import CalibrationSetup, build_artifact
-from decdec_core.config import ResidualQuant, WeightQuant
+from decdec_core.config import ResidualQuant, WeightQuant, total_channels
+from decdec_core.linear import DecLinear
+from decdec_core.ops import Selection
+from decdec_core.quantize.uniform import quantize
+from decdec_core.residuals import quantize_residual
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 if "DECDEC_DATA_DIR" not in os.environ and _BESIDE.is_dir():
@@ -124,3 +130,35 @@ def data_dir() -> Path:
 def draw() -> torch.Generator:
     """A seeded source of random numbers."""
     return torch.Generator().manual_seed(1234)
+
+
+def make_layer(
+    in_features: int = 576, out_features: int = 192, bits: int = 3, residual_bits: int = 4
+) -> DecLinear:
+    """Return a layer of random weights with its residual and a bias, on the CPU."""
+    config = WeightQuant("rtn", bits)
+    weight = torch.randn(out_features, in_features) * 0.05
+    packed = quantize(weight, config)
+    layer = DecLinear(in_features, out_features, config, bias=True)
+    layer.codes, layer.scales, layer.zeros = packed.codes, packed.scales, packed.zeros
+    layer.bias = torch.randn(out_features)
+    layer.residual = quantize_residual(weight - layer.dequantize(), ResidualQuant(residual_bits))
+    return layer
+
+
+def selection_of(kind: str, k_chunk: int, x: Tensor) -> Selection:
+    """Return a selection with floors for x or, if static, random channels, on x's device."""
+    count = total_channels(x.shape[1], k_chunk)
+    if kind == "dynamic":
+        largest = x.float().abs().sort(1, descending=True).values.amax(0).cpu()
+        return Selection(
+            kind, k_chunk, floors=ops.bucket_floors(largest[0].item(), largest[count - 1].item())
+        )
+    if kind == "static":
+        return Selection(kind, k_chunk, indices=torch.randperm(x.shape[1])[:count].int()[None].to(x.device))
+    return Selection(kind, k_chunk, seed=7)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Return the norm of the difference over the norm of what is wanted."""
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_layer, relative_error, selection_of
 from torch import Tensor
 
 from decdec_core import kernels, ops
-from decdec_core.config import DecDECError, ResidualQuant, WeightQuant, total_channels
-from decdec_core.linear import DecLinear
+from decdec_core.config import DecDECError, ResidualQuant, total_channels
 from decdec_core.ops import Selection, TiledWeight
 from decdec_core.packing import DEPTH, pack_table, pack_tiles, unpack_channels
-from decdec_core.quantize.uniform import quantize
 from decdec_core.residuals import QuantizedResidual, quantize_residual
 
 pytestmark = [
@@ -61,26 +60,10 @@ def draw_residual(in_features: int, out_features: int) -> tuple[Tensor, Tensor, 
     return codes, scale, exact.cuda()
 
 
-def selection_of(kind: str, k_chunk: int, x: Tensor) -> Selection:
-    count = total_channels(x.shape[1], k_chunk)
-    if kind == "dynamic":
-        largest = x.float().abs().sort(1, descending=True).values.amax(0).cpu()
-        return Selection(
-            kind, k_chunk, floors=ops.bucket_floors(largest[0].item(), largest[count - 1].item())
-        )
-    if kind == "static":
-        return Selection(kind, k_chunk, indices=torch.randperm(x.shape[1])[:count].int()[None].cuda())
-    return Selection(kind, k_chunk, seed=7)
-
-
 def compensation(x: Tensor, indices: Tensor, residual: Tensor) -> Tensor:
     chosen = indices.long().expand(x.shape[0], -1)
     kept = torch.zeros_like(x, dtype=torch.float64)
     return kept.scatter_(1, chosen, x.double().gather(1, chosen)) @ residual
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -259,17 +242,6 @@ def test_two_streams_at_once() -> None:
     torch.cuda.synchronize()
     for i in range(2):
         assert all(torch.equal(y, wanted[i]) for y in got[i])
-
-
-def make_layer(in_features: int = 576, out_features: int = 192, bits: int = 3) -> DecLinear:
-    config = WeightQuant("rtn", bits)
-    weight = torch.randn(out_features, in_features) * 0.05
-    packed = quantize(weight, config)
-    layer = DecLinear(in_features, out_features, config, bias=True)
-    layer.codes, layer.scales, layer.zeros = packed.codes, packed.scales, packed.zeros
-    layer.bias = torch.randn(out_features)
-    layer.residual = quantize_residual(weight - layer.dequantize(), ResidualQuant(4))
-    return layer
 
 
 @pytest.mark.parametrize("bits", [3, 5])

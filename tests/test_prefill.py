@@ -5,21 +5,19 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import pickle
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import make_layer, relative_error, selection_of
 from torch import Tensor
 
-from decdec_core import cli, kernels, ops, prefill, residuals
-from decdec_core.config import DecDECError, ResidualQuant, WeightQuant, total_channels
-from decdec_core.linear import DecLinear
+from decdec_core import cli, kernels, prefill, residuals
+from decdec_core.config import DecDECError, ResidualQuant
 from decdec_core.ops import Selection
 from decdec_core.prefill import Stage, dequantize_residual, dequantize_residual_ref
-from decdec_core.quantize.uniform import quantize
 from decdec_core.residuals import QuantizedResidual, quantize_residual
 
 cuda = [
@@ -38,33 +36,6 @@ def draw_residual(in_features: int, out_features: int, bits: int) -> QuantizedRe
 def draw_x(tokens: int, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return activations with channels that stand out."""
     return (torch.randn(tokens, in_features) * torch.randn(in_features).exp()).to(dtype)
-
-
-def make_layer(in_features: int = 576, out_features: int = 192, residual_bits: int = 4) -> DecLinear:
-    config = WeightQuant("rtn", 3)
-    weight = torch.randn(out_features, in_features) * 0.05
-    packed = quantize(weight, config)
-    layer = DecLinear(in_features, out_features, config, bias=True)
-    layer.codes, layer.scales, layer.zeros = packed.codes, packed.scales, packed.zeros
-    layer.bias = torch.randn(out_features)
-    layer.residual = quantize_residual(weight - layer.dequantize(), ResidualQuant(residual_bits))
-    return layer
-
-
-def selection_of(kind: str, k_chunk: int, x: Tensor) -> Selection:
-    count = total_channels(x.shape[1], k_chunk)
-    if kind == "dynamic":
-        largest = x.float().abs().sort(1, descending=True).values.amax(0).cpu()
-        return Selection(
-            kind, k_chunk, floors=ops.bucket_floors(largest[0].item(), largest[count - 1].item())
-        )
-    if kind == "static":
-        return Selection(kind, k_chunk, indices=torch.randperm(x.shape[1])[:count].int()[None])
-    return Selection(kind, k_chunk, seed=7)
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -285,7 +256,6 @@ def test_the_stage_keeps_no_layer_and_copies_are_fresh() -> None:
     twins = copy.deepcopy(layers)
     assert twins[0].stage is twins[1].stage
     assert twins[0].stage is not stage
-    assert isinstance(pickle.loads(pickle.dumps(layers[0])).stage, Stage)
     fake, fakes = FakeStage(), [FakeLayer() for _ in range(2)]
     pass_over(fake, fakes)
     gone = weakref.ref(fakes[1])
