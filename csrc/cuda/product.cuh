@@ -5,8 +5,8 @@
 //
 //   blocks 0 ..            compensation: each a piece of the channels for a column of outputs; selects, fetches, sums,
 //                          sends (compensate.cuh)
-//   blocks behind them     the product: each a run of tiles, equally long whatever the matrix' shape, a multiple of
-//                          the warps
+//   blocks behind them     the product: each a run of tiles, equally long whatever the matrix' shape, where it costs
+//                          little a multiple of the warps
 //
 //     tiles   |------- slab 0 -------|------- slab 1 -------|------- slab 2 -------|
 //     blocks  |--- block d ---|--- block c ---|--- block b ---|--- block a ---|

@@ -1,4 +1,4 @@
-// Device memory in which the blocks of a launch of `linear` meet.
+// Device memory in which the blocks of a launch of `linear` or `compensate` meet.
 #pragma once
 
 #include <cuda_runtime.h>
