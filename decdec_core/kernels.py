@@ -48,6 +48,8 @@ def in_use() -> str:
     return "compiled" if cpu_loaded() else "twin"
 
 
+# a compiler that traces a model runs these two, and traces past them
+@torch.compiler.assume_constant_result
 def cpu_loaded() -> bool:
     """Return whether compiled CPU kernels serve, after compiling them if that is still to do."""
     global _cpu
@@ -58,6 +60,7 @@ def cpu_loaded() -> bool:
     return _cpu
 
 
+@torch.compiler.assume_constant_result
 def require_cuda(device: torch.device) -> None:
     """Raise DecDECError, saying why, unless CUDA kernels serve `device`; compiles them on first use."""
     if not torch.cuda.is_available():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from decdec_core import kernels
@@ -68,8 +69,21 @@ def _choose_pass(state: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any
     cache = kwargs.get("past_key_values")
     given = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
     single = given is not None and given.shape[1] == 1
-    decoding = single and cache is not None and cache.get_seq_length() > 0
-    state.scope.active = mode == "all" or decoding or (mode == "auto" and cache is None)
+    if mode == "all" or cache is None:
+        state.scope.active = mode != "decode"
+    else:
+        state.scope.active = single and _holds_tokens(cache)
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Return whether tokens came before. A static cache counts them on its device, where a pass that is being
+    compiled or captured cannot look: there one that has its memory counts as one that holds tokens."""
+    length = cache.get_seq_length()
+    if isinstance(length, torch.Tensor) and (
+        torch.compiler.is_compiling() or (length.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return True
+    return bool(length > 0)
 
 
 def dec_layers(model: nn.Module) -> dict[str, DecLinear]:
