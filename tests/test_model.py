@@ -19,8 +19,10 @@ from decdec_core.model import set_compensation, state_of
 
 SELECTIONS = ("none", "random", "static", "exact", "dynamic")
 STEPS = 12
-# inductor fuses what lies between the layers and rounds it to half precision less often
-FUSED = 1e-2
+# Half precision rounds anew where operations are fused, or a library picks another kernel under capture; then
+# other channels may be chosen too. So the float32 model on a CPU judges both: what is compiled or captured may
+# be farther from it than eager execution only by the scatter of such roundings.
+SCATTER = 1.5
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -105,29 +107,46 @@ def test_a_first_token_in_a_static_cache_is_prompt(tiny_artifact_dir: Path, ids:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnAGpu:
     @pytest.fixture(params=SELECTIONS)
-    def model(self, request: pytest.FixtureRequest, tiny_artifact_dir: Path) -> PreTrainedModel:
+    def compensation(self, request: pytest.FixtureRequest) -> Compensation:
+        return Compensation(request.param, 64)
+
+    @pytest.fixture
+    def model(self, compensation: Compensation, tiny_artifact_dir: Path) -> PreTrainedModel:
         model = load(tiny_artifact_dir, torch.float16).cuda()
-        set_compensation(model, Compensation(request.param, 64))
+        set_compensation(model, compensation)
+        return model
+
+    @pytest.fixture
+    def judge(self, compensation: Compensation, tiny_artifact_dir: Path) -> PreTrainedModel:
+        model = load(tiny_artifact_dir)
+        set_compensation(model, compensation)
         return model
 
     @torch.no_grad()
-    def test_a_pass_is_compiled_whole(self, model: PreTrainedModel, ids: Tensor) -> None:
+    def test_a_pass_is_compiled_whole(
+        self, model: PreTrainedModel, judge: PreTrainedModel, ids: Tensor
+    ) -> None:
         compiled = torch.compile(model, fullgraph=True)
-        for rows in (ids.cuda(), ids.flip(0).cuda()):
-            wanted = model(rows, use_cache=False).logits
-            assert relative_error(compiled(rows, use_cache=False).logits, wanted) < FUSED
+        for rows in (ids, ids.flip(0)):
+            wanted = judge(rows, use_cache=False).logits.cuda()
+            eager = model(rows.cuda(), use_cache=False).logits
+            got = compiled(rows.cuda(), use_cache=False).logits
+            assert relative_error(got, wanted) < SCATTER * relative_error(eager, wanted)
 
     @torch.no_grad()
-    def test_a_decoding_step_is_compiled_whole(self, model: PreTrainedModel, ids: Tensor) -> None:
-        eager, own = (prompt(model, ids.cuda()) for _ in range(2))
-        compiled, token = torch.compile(model, fullgraph=True), ids[:, :1].cuda()
+    def test_a_decoding_step_is_compiled_whole(
+        self, model: PreTrainedModel, judge: PreTrainedModel, ids: Tensor
+    ) -> None:
+        exact, eager, own = prompt(judge, ids), prompt(model, ids.cuda()), prompt(model, ids.cuda())
+        compiled, token = torch.compile(model, fullgraph=True), ids[:, :1]
         for _ in range(3):
-            wanted = decode(model, token, eager)
-            assert relative_error(decode(compiled, token, own), wanted) < FUSED
-            token = wanted.argmax(-1)
+            wanted = decode(judge, token, exact).cuda()
+            least = relative_error(decode(model, token.cuda(), eager), wanted)
+            assert relative_error(decode(compiled, token.cuda(), own), wanted) < SCATTER * least
+            token = wanted.argmax(-1).cpu()
 
     @torch.no_grad()
-    def test_a_pass_is_captured(self, model: PreTrainedModel, ids: Tensor) -> None:
+    def test_a_pass_is_captured(self, model: PreTrainedModel, judge: PreTrainedModel, ids: Tensor) -> None:
         rows = ids.cuda()
         model(rows, use_cache=False)
         torch.cuda.synchronize()
@@ -137,8 +156,9 @@ class TestOnAGpu:
         for _ in range(STEPS):
             rows.copy_(torch.randint(0, 256, rows.shape))
             graph.replay()
-            # eager copies residuals ahead on another stream; the sums are the same ones
-            assert relative_error(logits, model(rows, use_cache=False).logits) < 1e-3
+            wanted = judge(rows.cpu(), use_cache=False).logits.cuda()
+            eager = model(rows, use_cache=False).logits
+            assert relative_error(logits, wanted) < SCATTER * relative_error(eager, wanted)
 
     @torch.no_grad()
     def test_decoding_is_captured(self, model: PreTrainedModel, ids: Tensor) -> None:
