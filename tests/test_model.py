@@ -20,8 +20,8 @@ from decdec_core.model import set_compensation, state_of
 SELECTIONS = ("none", "random", "static", "exact", "dynamic")
 STEPS = 12
 # Half precision rounds anew where operations are fused, or a library picks another kernel under capture; then
-# other channels may be chosen too. So the float32 model on a CPU judges both: what is compiled or captured may
-# be farther from it than eager execution only by the scatter of such roundings.
+# other channels may be chosen too. So the float32 model on a CPU judges both: what is compiled or captured
+# may be farther from it than eager execution only by the scatter of such roundings.
 SCATTER = 1.5
 
 
