@@ -2,70 +2,173 @@
 
     config.json             the model's, with quantization_config.quant_method = "decdec"
     generation_config.json  tokenizer files
-    model.safetensors       embeddings, norms, head; codes, scales, zeros of every quantized layer
-    residual.safetensors    residual codes and scale, calibration statistics: what stays in host memory
+    decdec.safetensors      what goes to the GPU: embeddings, norms, head; the low-bit weight of every layer
+    residual.safetensors    what stays in host memory: residual codes and scale, calibration statistics
     manifest.json           every tensor's file, dtype, shape and sha256; every other file's sha256
 
+Above a shard size a safetensors file is several, STEM-00001-of-0000N.safetensors, with an index beside them.
+The weights are not called model.safetensors, so that transformers without this package finds none and fails.
 The artifact's hash is the sha256 of manifest.json, and so covers everything.
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
-import mmap
-import os
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from decdec_core.calibration import ActivationStatistics
 from decdec_core.config import DecDECError, ResidualQuant, WeightQuant
+from decdec_core.errors import ArtifactError, ConfigError
+from decdec_core.manifest import (
+    CONFIG,
+    EXTRAS,
+    FORMAT_VERSION,
+    HOST_STEM,
+    MANIFEST,
+    MODEL_STEM,
+    QUANT_METHOD,
+    Manifest,
+    header_sha256,
+    own_files,
+    require_format_version,
+    sha256_of_file,
+    shard_names,
+)
+from decdec_core.quantize import QuantizedWeight
 from decdec_core.residuals import QuantizedResidual
+from decdec_core.shards import TensorFiles, TensorSource, write_tensors
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from decdec_core.build import BuiltLayer
-
-FORMAT_VERSION = 1
-QUANT_METHOD = "decdec"
-MANIFEST, CONFIG = "manifest.json", "config.json"
-MODEL_FILE, RESIDUAL_FILE = "model.safetensors", "residual.safetensors"
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
-
-
-class ArtifactError(DecDECError):
-    """An artifact that is not what its manifest says, or none at all."""
+SHARD_BYTES = 4 << 30
+_STATISTICS = ("rank_max", "mean_square", "mean")
+HOST_SUFFIXES = ("residual.codes", "residual.scale", *(f"calibration.{name}" for name in _STATISTICS))
+_BLOCK = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """tensors: name -> {"file", "dtype", "shape", "sha256"}. files: name -> sha256. hash: the artifact's."""
+class BuiltLayer:
+    """One linear layer as the artifact stores it.
 
-    tensors: dict[str, dict[str, Any]]
-    files: dict[str, str]
-    hash: str
+    input_scale: (in,) float32, the layer sees x / input_scale; None where it is folded into the model.
+    input_order: (in,) int32, the layer sees x[..., input_order], before that division; None where the order
+    is the model's. The weight, the residual and the statistics are in the space of what the layer sees.
+    """
 
-    def layers(self) -> dict[str, bool]:
-        """Return the quantized layers' names, and whether each keeps an input scale."""
-        names = [name.removesuffix(".codes") for name in self.tensors if name.endswith(".codes")]
-        layers = [name for name in names if f"{name}.scales" in self.tensors]
-        return {name: f"{name}.input_scale" in self.tensors for name in layers}
+    weight: QuantizedWeight
+    residual: QuantizedResidual
+    statistics: ActivationStatistics
+    input_scale: Tensor | None = None
+    input_order: Tensor | None = None
+
+
+def layer_tensors(name: str, layer: BuiltLayer) -> dict[str, Tensor]:
+    """Return what the artifact keeps of a layer for the GPU, by the tensors' names."""
+    extras = {extra: getattr(layer, extra) for extra in EXTRAS}
+    stored = {**layer.weight.tensors(), **{key: t for key, t in extras.items() if t is not None}}
+    return {f"{name}.{key}": tensor for key, tensor in stored.items()}
+
+
+def host_tensors(name: str, layer: BuiltLayer) -> dict[str, Tensor]:
+    """Return what the artifact keeps of a layer for host memory, by the tensors' names."""
+    return residual_tensors(name, layer.residual, layer.statistics)
+
+
+def residual_tensors(
+    name: str, residual: QuantizedResidual, statistics: ActivationStatistics
+) -> dict[str, Tensor]:
+    """Return a layer's residual and calibration statistics by the names of HOST_SUFFIXES."""
+    kept = (residual.codes, residual.scale, *(getattr(statistics, key) for key in _STATISTICS))
+    return {f"{name}.{suffix}": tensor for suffix, tensor in zip(HOST_SUFFIXES, kept, strict=True)}
+
+
+def is_host_tensor(name: str) -> bool:
+    """Return whether the tensor of this name stays in host memory."""
+    return name.endswith(tuple(f".{suffix}" for suffix in HOST_SUFFIXES))
+
+
+def plain_dtype(tensor: Tensor | TensorSource, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a tensor that is not quantized is stored: matrices in the model's `dtype`,
+    vectors (norms, biases) in float32."""
+    return dtype if len(tensor.shape) > 1 else torch.float32
+
+
+def block_number(layer: str) -> int:
+    """Return the number of the decoder block that a layer's full name says; none raises ArtifactError."""
+    found = _BLOCK.match(layer)
+    if found is None:
+        raise ArtifactError(f"layer must be in a block model.layers.N, got {layer!r}")
+    return int(found[1])
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """config.json's quantization_config. block_bits: of each decoder block, where weight.bits is a half step.
+    provenance: what the artifact was built from. weights_file: the name that transformers is to load."""
+
+    weight: WeightQuant
+    residual: ResidualQuant
+    block_bits: tuple[int, ...] | None
+    provenance: dict[str, Any]
+    weights_file: str
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Quantization:
+        """Return what to_dict saved; anything else raises FormatVersionError or ConfigError."""
+        if values.get("quant_method") != QUANT_METHOD:
+            raise ConfigError(f"quant_method must be {QUANT_METHOD!r}, got {values.get('quant_method')!r}")
+        require_format_version(values.get("format_version"))
+        weight, residual, provenance = (values.get(key) for key in ("weight", "residual", "provenance"))
+        if not (isinstance(weight, dict) and isinstance(residual, dict) and isinstance(provenance, dict)):
+            raise ConfigError("quantization_config must hold weight, residual and provenance, got others")
+        try:
+            weight_quant, residual_quant = WeightQuant.from_dict(weight), ResidualQuant.from_dict(residual)
+        except DecDECError as error:
+            raise ConfigError(f"quantization_config: {error}") from None
+        block_bits, file = values.get("block_bits"), values.get("weights_file")
+        if (block_bits is not None) != (len(weight_quant.widths) > 1):
+            raise ConfigError(
+                f"block_bits must be given for a half step of bits, got {block_bits!r} at {weight_quant.bits}"
+            )
+        if block_bits is not None:
+            whole = isinstance(block_bits, (list, tuple)) and all(type(bits) is int for bits in block_bits)
+            if not whole or not set(block_bits) <= set(weight_quant.widths):
+                wanted = " or ".join(map(str, weight_quant.widths))
+                raise ConfigError(f"block_bits must be a list of {wanted}, got {block_bits!r}")
+        if file not in (f"{MODEL_STEM}.safetensors", f"{MODEL_STEM}.safetensors.index.json"):
+            raise ConfigError(f"weights_file must be {MODEL_STEM}.safetensors or its index, got {file!r}")
+        return cls(weight_quant, residual_quant, block_bits and tuple(block_bits), provenance, file)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "weight": self.weight.to_dict(),
+            "residual": self.residual.to_dict(),
+            "block_bits": self.block_bits and list(self.block_bits),
+            "provenance": self.provenance,
+            "weights_file": self.weights_file,
+        }
+
+    def weight_of(self, layer: str) -> WeightQuant:
+        """Return how the layer of this full name is quantized, in whole bits."""
+        if self.block_bits is None:
+            return self.weight
+        number = block_number(layer)
+        if number >= len(self.block_bits):
+            raise ConfigError(
+                f"block_bits must have {number + 1} blocks for {layer}, got {len(self.block_bits)}"
+            )
+        return self.weight.at(self.block_bits[number])
 
 
 def is_artifact(path: str | Path) -> bool:
@@ -75,7 +178,7 @@ def is_artifact(path: str | Path) -> bool:
         return False
     try:
         values = json.loads(config.read_text("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     quantization = values.get("quantization_config") if isinstance(values, dict) else None
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
@@ -87,47 +190,82 @@ def require_artifact(path: str | Path) -> None:
         raise ArtifactError(f"artifact must be a folder that `decdec build` made, got {path}")
 
 
-def save(
+def write(
     folder: Path,
-    model: PreTrainedModel,
+    config: Any,
+    generation_config: Any,
     tokenizer: Any,
-    layers: Mapping[str, BuiltLayer],
-    weight_quant: WeightQuant,
-    residual_quant: ResidualQuant,
-    provenance: Mapping[str, Any],
-    dtype: torch.dtype,
+    tensors: Mapping[str, TensorSource],
+    host: Mapping[str, TensorSource],
+    quantization: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the artifact of `model`, whose `layers` are quantized, into the empty `folder`.
+    """Write an artifact into `folder`, whose files so far (a tokenizer's) become its own.
 
-    dtype: of the embeddings and the head on disk, and the model's when loaded with dtype="auto".
-    provenance: what it was built from, kept in config.json.
+    config: a transformers config with the dtype of the plain matrices, which is the model's when loaded with
+    dtype="auto". generation_config, tokenizer: may be None. tensors, host: all tensors by their names, for
+    the GPU and for host memory. quantization: weight and residual as dictionaries, block_bits, provenance.
+    shard_bytes: of one file at most; a larger tensor has one to itself. The same input gives the same bytes.
     """
-    config = model.config
-    config.dtype = dtype
-    config.quantization_config = {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "weight": weight_quant.to_dict(),
-        "residual": residual_quant.to_dict(),
-        "provenance": {**provenance, "versions": _versions()},
-    }
-    config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     stored = {
-        MODEL_FILE: {**_plain_tensors(model, layers, dtype), **_layer_tensors(layers)},
-        RESIDUAL_FILE: _host_tensors(layers),
+        stem: _sharded(stem, of, shard_bytes) for stem, of in ((MODEL_STEM, tensors), (HOST_STEM, host))
     }
-    tensors: dict[str, dict[str, Any]] = {}
-    for file, contents in stored.items():
-        save_file(contents, folder / file, metadata={"format": "pt"})
-        for name, tensor in contents.items():
-            tensors[name] = {"file": file, **_fingerprint(tensor)}
-    others = sorted(name for name in _names(folder) if name not in stored)
-    files = {name: _sha256_of_file(folder / name) for name in others}
-    body = {"format": QUANT_METHOD, "format_version": FORMAT_VERSION, "tensors": tensors, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", "utf-8")
+    loaded = f"{MODEL_STEM}.safetensors" + (".index.json" if len(stored[MODEL_STEM]) > 1 else "")
+    provenance = {"versions": _versions(), **quantization.get("provenance", {})}
+    block_bits = quantization.get("block_bits")
+    fixed = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "weights_file": loaded}
+    described = {**quantization, **fixed, "block_bits": block_bits, "provenance": provenance}
+    config = copy.deepcopy(config)
+    config.quantization_config = Quantization.from_dict(described).to_dict()
+    config.save_pretrained(folder)
+    for part in (generation_config, tokenizer):
+        if part is not None:
+            part.save_pretrained(folder)
+    entries: dict[str, dict[str, Any]] = {}
+    for stem, shards in stored.items():
+        for file, contents in shards.items():
+            digests = write_tensors(folder / file, contents)
+            for name, source in contents.items():
+                shape = list(source.shape)
+                entries[name] = {"file": file, "dtype": source.dtype, "shape": shape, "sha256": digests[name]}
+        if len(shards) > 1:
+            total = sum(source.nbytes for contents in shards.values() for source in contents.values())
+            _write_json(folder / f"{stem}.safetensors.index.json", index_of(total, shards))
+    headers = {file: header_sha256(folder / file) for shards in stored.values() for file in shards}
+    others = sorted(name for name in own_files(folder) if name not in headers and name != MANIFEST)
+    files = {name: sha256_of_file(folder / name) for name in others}
+    body = {"format": QUANT_METHOD, "format_version": FORMAT_VERSION}
+    _write_json(folder / MANIFEST, {**body, "tensors": entries, "headers": headers, "files": files}, indent=1)
+
+
+def index_of(total_bytes: int, shards: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the index of several safetensors files as Hugging Face has it, from file -> tensors by name."""
+    placed = {name: file for file, contents in shards.items() for name in contents}
+    return {"metadata": {"total_size": total_bytes}, "weight_map": placed}
+
+
+def _sharded(
+    stem: str, tensors: Mapping[str, TensorSource], shard_bytes: int
+) -> dict[str, dict[str, TensorSource]]:
+    shards: list[dict[str, TensorSource]] = [{}]
+    size = 0
+    for name in sorted(tensors, key=_natural):
+        source = tensors[name]
+        if shards[-1] and size + source.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = source
+        size += source.nbytes
+    return dict(zip(shard_names(stem, len(shards)), shards, strict=True))
+
+
+def _natural(name: str) -> list[str | int]:
+    """The key that sorts layer 2 before layer 10, and so keeps a block's tensors together."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _write_json(path: Path, body: object, indent: int = 2) -> None:
+    path.write_text(json.dumps(body, indent=indent, sort_keys=True) + "\n", "utf-8")
 
 
 def _versions() -> dict[str, str]:
@@ -135,182 +273,14 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **packages}
 
 
-def _plain_tensors(
-    model: PreTrainedModel, layers: Mapping[str, BuiltLayer], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Return everything that is not quantized: matrices in `dtype`, vectors (norms, biases) in float32,
-    because folded scales live in them. Tied weights appear once."""
-    quantized = {f"{name}.weight" for name in layers}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    plain = {}
-    for name, tensor in model.state_dict().items():
-        if name not in quantized and name not in tied:
-            plain[name] = tensor.to(dtype if tensor.dim() > 1 else torch.float32).contiguous()
-    return plain
-
-
-def _layer_tensors(layers: Mapping[str, BuiltLayer]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{name}.codes"] = layer.weight.codes
-        tensors[f"{name}.scales"] = layer.weight.scales
-        tensors[f"{name}.zeros"] = layer.weight.zeros
-        if layer.input_scale is not None:
-            tensors[f"{name}.input_scale"] = layer.input_scale
-    return tensors
-
-
-def _host_tensors(layers: Mapping[str, BuiltLayer]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{name}.residual.codes"] = layer.residual.codes
-        tensors[f"{name}.residual.scale"] = layer.residual.scale
-        # layers that read one input share their statistics, which safetensors wants as separate memory
-        tensors[f"{name}.calibration.rank_max"] = layer.statistics.rank_max.clone()
-        tensors[f"{name}.calibration.mean_square"] = layer.statistics.mean_square.clone()
-        tensors[f"{name}.calibration.mean"] = layer.statistics.mean.clone()
-    return tensors
-
-
 def load_host_tensors(
     folder: Path, manifest: Manifest, residual_quant: ResidualQuant
 ) -> dict[str, tuple[QuantizedResidual, ActivationStatistics]]:
     """Return each quantized layer's residual and statistics, in host memory."""
+    files = TensorFiles(folder / name for name in manifest.shards(HOST_STEM))
     loaded = {}
-    with safe_open(folder / RESIDUAL_FILE, framework="pt", device="cpu") as file:
-        for name in manifest.layers():
-            codes = file.get_tensor(f"{name}.residual.codes")
-            scale = file.get_tensor(f"{name}.residual.scale")
-            statistics = ActivationStatistics(
-                file.get_tensor(f"{name}.calibration.rank_max"),
-                file.get_tensor(f"{name}.calibration.mean_square"),
-                file.get_tensor(f"{name}.calibration.mean"),
-            )
-            loaded[name] = QuantizedResidual(codes, scale, residual_quant), statistics
+    for name in manifest.layers():
+        codes, scale, *statistics = (files.read(f"{name}.{suffix}") for suffix in HOST_SUFFIXES)
+        residual = QuantizedResidual(codes, scale, residual_quant)
+        loaded[name] = residual, ActivationStatistics(*statistics)
     return loaded
-
-
-def verify(path: str | Path) -> Manifest:
-    """Return the manifest of the artifact at `path` after comparing every tensor and file with it.
-
-    Raises ArtifactError: which tensor or file, what the manifest says, what is there.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ArtifactError(f"artifact must be a folder, got {folder}")
-    manifest = read_manifest(folder)
-    for name, wanted in manifest.files.items():
-        _require_file(folder, name)
-        _require_equal(f"{folder}: {name}: sha256", wanted, _sha256_of_file(folder / name))
-    _refuse_strangers(folder, manifest)
-    found: dict[str, dict[str, Any]] = {}
-    for file in (MODEL_FILE, RESIDUAL_FILE):
-        _require_file(folder, file)
-        for name, fingerprint in _stored_tensors(folder / file).items():
-            if name in found:
-                raise ArtifactError(f"{folder}: tensor {name} must be in one file, got it in {file} too")
-            found[name] = fingerprint
-    for name in sorted(manifest.tensors.keys() | found.keys()):
-        if name not in found:
-            raise ArtifactError(f"{folder}: tensor {name} must be there, got none")
-        if name not in manifest.tensors:
-            raise ArtifactError(
-                f"{folder}: tensor {name} must not be there, got one in {found[name]['file']}"
-            )
-        for key in ("file", "dtype", "shape", "sha256"):
-            _require_equal(
-                f"{folder}: tensor {name}: {key}", manifest.tensors[name].get(key), found[name][key]
-            )
-    return manifest
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of an artifact of this format version; anything else raises ArtifactError."""
-    _require_file(folder, MANIFEST)
-    text = (folder / MANIFEST).read_bytes()
-    try:
-        body = json.loads(text)
-    except ValueError as error:
-        raise ArtifactError(f"{folder / MANIFEST} must be JSON, got {error}") from None
-    if not isinstance(body, dict) or body.get("format") != QUANT_METHOD:
-        raise ArtifactError(f"{folder / MANIFEST} must be of format {QUANT_METHOD!r}")
-    require_format_version(body.get("format_version"))
-    tensors, files = body.get("tensors"), body.get("files")
-    if not isinstance(tensors, dict) or not isinstance(files, dict) or CONFIG not in files:
-        raise ArtifactError(f"{folder / MANIFEST} must list tensors and files, {CONFIG} among them")
-    for name, entry in tensors.items():
-        if not isinstance(entry, dict):
-            raise ArtifactError(f"{folder / MANIFEST}: {name} must be a tensor's entry, got {entry!r}")
-    return Manifest(tensors, files, hashlib.sha256(text).hexdigest())
-
-
-def require_format_version(got: object) -> None:
-    """Raise ArtifactError unless `got` is the format version that this release reads."""
-    if got != FORMAT_VERSION:
-        raise ArtifactError(f"artifact format_version must be {FORMAT_VERSION}, got {got!r}: build it again")
-
-
-def _require_file(folder: Path, name: str) -> None:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
-        raise ArtifactError(f"{folder}: file {name} must be there, got none")
-
-
-def _names(folder: Path) -> list[str]:
-    """Return the names of the files that belong to an artifact, relative to its folder. Hidden files and
-    Markdown are the user's: nothing reads them."""
-    names = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
-    return [n.as_posix() for n in names if not n.name.startswith(".") and n.suffix != ".md"]
-
-
-def _refuse_strangers(folder: Path, manifest: Manifest) -> None:
-    """Raise ArtifactError for a file that is not in the manifest: a loader might read it (a template, an
-    adapter, other weights)."""
-    known = {MANIFEST, MODEL_FILE, RESIDUAL_FILE, *manifest.files}
-    for name in sorted(_names(folder)):
-        if name not in known:
-            raise ArtifactError(f"{folder}: file {name} must not be there, got one")
-
-
-def _require_equal(which: str, wanted: object, got: object) -> None:
-    if wanted != got:
-        raise ArtifactError(f"{which} must be {wanted}, got {got}")
-
-
-def _fingerprint(tensor: Tensor) -> dict[str, Any]:
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return {
-        "dtype": _DTYPES[tensor.dtype],
-        "shape": list(tensor.shape),
-        "sha256": hashlib.sha256(raw).hexdigest(),
-    }
-
-
-def _sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _stored_tensors(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the fingerprints of a safetensors file's tensors, read from its bytes."""
-    try:
-        with safe_open(path, framework="np") as file:  # checks the header and the length of the file
-            names = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} must be a safetensors file, got: {error}") from None
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        view, fingerprints = memoryview(data), {}
-        for name in names:
-            start, end = (8 + length + offset for offset in header[name]["data_offsets"])
-            with view[start:end] as raw:
-                digest = hashlib.sha256(raw).hexdigest()
-            fingerprints[name] = {
-                "file": os.path.basename(path),
-                "dtype": header[name]["dtype"],
-                "shape": header[name]["shape"],
-                "sha256": digest,
-            }
-        view.release()
-    return fingerprints

@@ -1,4 +1,4 @@
-"""Full-precision model -> artifact: calibrate, quantize and store residuals, block by block."""
+"""Full-precision model -> artifact, block by block: calibrate, quantize, store residuals."""
 
 from __future__ import annotations
 
@@ -6,86 +6,104 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
+from transformers import GenerationConfig
 
 from decdec_core import artifact, sources
-from decdec_core.architectures import InputGroup, decoder_blocks, input_groups
-from decdec_core.calibration import (
-    ActivationStatistics,
-    BlockInputs,
-    StatisticsAccumulator,
-    sequences,
-)
-from decdec_core.config import ResidualQuant, WeightQuant, require_int
-from decdec_core.hooks import watching
-from decdec_core.quantize import awq
-from decdec_core.quantize.awq import linear_of
-from decdec_core.quantize.uniform import QuantizedWeight, dequantize, quantize
-from decdec_core.residuals import QuantizedResidual, quantize_residual
-from decdec_core.texts import available_text, load_text
+from decdec_core.calibration import sequences
+from decdec_core.config import DecDECError, ResidualQuant, WeightQuant, require_int
+from decdec_core.importers import open_quantized, require_same_model
+from decdec_core.sensitivity import block_divergences, choose_bits
+from decdec_core.shards import DTYPE_NAMES, FileTensor, MemoryTensor, TensorSource
+from decdec_core.streaming import StreamedModel
+from decdec_core.sweeps import Recipe, block_file, quantize_blocks
+from decdec_core.texts import Text, available_text, load_text
+from decdec_core.workfolder import WorkFolder, work_folder
 
 RECIPE_VERSION = 1  # raised by every change after which the same settings build other tensors
-_BATCH = 8  # sequences that go through a block at once
 
 
 @dataclass(frozen=True)
 class CalibrationSetup:
     """text: a set's name, a text file's path, or "auto". sequences of `length` tokens each, spread evenly
-    over the text; AWQ searches on the first `awq_sequences` of them."""
+    over the text; AWQ searches on the first `awq_sequences` of them, and where blocks have two widths the
+    first `sensitivity_sequences` decide which has which."""
 
     text: str = "auto"
     sequences: int = 64
     length: int = 512
     awq_sequences: int = 8
+    sensitivity_sequences: int = 4
 
     def __post_init__(self) -> None:
         require_int("calibration sequences", self.sequences, 1, 1 << 20)
         require_int("calibration length", self.length, 8, 1 << 20)
         require_int("awq_sequences", self.awq_sequences, 1, 1 << 20)
-
-
-@dataclass(frozen=True)
-class BuiltLayer:
-    """One linear layer as the artifact stores it. input_scale: (in,) float32, or None where folded."""
-
-    weight: QuantizedWeight
-    residual: QuantizedResidual
-    statistics: ActivationStatistics
-    input_scale: Tensor | None
+        require_int("sensitivity_sequences", self.sensitivity_sequences, 1, 1 << 20)
 
 
 def build_artifact(
     source: str,
     out: Path,
-    weight_quant: WeightQuant,
-    residual_quant: ResidualQuant,
+    weight_quant: WeightQuant | None = None,
+    residual_quant: ResidualQuant | None = None,
     calibration: CalibrationSetup | None = None,
+    quantized: Path | None = None,
+    device: str = "cpu",
     shared: bool = False,
+    shard_bytes: int = artifact.SHARD_BYTES,
 ) -> Path:
     """Build the artifact of `source` (see sources.py) in the folder `out`, and return it.
 
-    shared: as in sources.written_whole. Raises DecDECError where `out` exists or cannot be written, or the
-    source or the calibration text cannot be had.
+    quantized: a GPTQ, AWQ or compressed-tensors checkpoint of the same model, whose low-bit weights are then
+    the base; weight_quant must be absent. device: where blocks are computed. shared: of two processes that
+    build the same, the second waits for the first's. Memory holds a block or two at a time. An interrupted
+    build goes on at the block it was in. Raises DecDECError where `out` exists or cannot be written, or the
+    source, the checkpoint or the calibration text cannot be had.
     """
     sources.require_absent(out)
+    checkpoint = open_quantized(quantized) if quantized is not None else None
+    if checkpoint is not None and weight_quant is not None:
+        raise DecDECError(f"weight_quant must be absent with a quantized checkpoint, got {weight_quant}")
     setup = calibration or CalibrationSetup()
-    dtype = getattr(sources.load_config(source), "dtype", None) or torch.float32
-    tokenizer = sources.load_tokenizer(source)
-    name = available_text("calibration") if setup.text == "auto" else setup.text
-    text = load_text(name, "calibration")
-    token_ids = sequences(tokenizer(text.text, verbose=False).input_ids, setup.sequences, setup.length)
-    description = {
-        "source": source,
-        "calibration": {**asdict(setup), "text": text.name, "text_sha256": text.sha256},
+    text = load_text(available_text("calibration") if setup.text == "auto" else setup.text, "calibration")
+    recipe = Recipe(
+        checkpoint.weight_quant if checkpoint is not None else weight_quant or WeightQuant(),
+        residual_quant or ResidualQuant(),
+        setup.awq_sequences,
+        checkpoint,
+    )
+    plan = {
+        **_determining(source, recipe, setup, text),
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+        "device": device,
+        "shard_bytes": shard_bytes,
     }
-    with sources.written_whole(out, shared) as folder:  # first of all: a folder that cannot be written
-        model = sources.load_model(source, torch.float32)
-        layers = dict(quantized_layers(model, token_ids, weight_quant, residual_quant, setup.awq_sequences))
-        artifact.save(folder, model, tokenizer, layers, weight_quant, residual_quant, description, dtype)
+    folder = sources.model_folder(source)
+    tokenizer = sources.load_tokenizer(source)
+    token_ids = sequences(tokenizer(text.text, verbose=False).input_ids, setup.sequences, setup.length)
+    with work_folder(out, plan, wait=shared) as work:
+        if shared and out.is_dir():
+            return out
+        model = StreamedModel(folder, sources.load_config(source), _usable(device))
+        if checkpoint is not None:
+            require_same_model(model.config, model.files, checkpoint)
+        quantize_blocks(model, work, token_ids, recipe)
+        bits = _block_bits(model, work, token_ids[: setup.sensitivity_sequences], recipe.weight)
+        provenance = {
+            "source": source,
+            "calibration": {**asdict(setup), "text": text.name, "text_sha256": text.sha256},
+            "quantized": checkpoint.description if checkpoint is not None else None,
+        }
+        finished = work.fresh_folder("artifact")
+        _assemble(finished, folder, model, tokenizer, work, recipe, bits, provenance, shard_bytes)
+        sources.require_absent(out)
+        finished.rename(out)
     return out
 
 
@@ -94,104 +112,123 @@ def cached_artifact(
     weight_quant: WeightQuant,
     residual_quant: ResidualQuant,
     calibration: str = "auto",
+    device: str = "cpu",
 ) -> Path:
     """Return the artifact of `source` from the cache, built first where it is not there yet.
 
     A changed model, calibration text, setting or recipe is another artifact.
     """
     setup = CalibrationSetup(text=available_text("calibration") if calibration == "auto" else calibration)
-    determining = {
-        "recipe_version": RECIPE_VERSION,
-        "format_version": artifact.FORMAT_VERSION,
-        "source": sources.fingerprint(source),
-        "text_sha256": load_text(setup.text, "calibration").sha256,
-        "weight": weight_quant.to_dict(),
-        "residual": residual_quant.to_dict(),
-        "calibration": asdict(setup),
-    }
+    recipe = Recipe(weight_quant, residual_quant, setup.awq_sequences)
+    determining = _determining(source, recipe, setup, load_text(setup.text, "calibration"))
     key = hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()[:12]
     stem = Path(source).name.removesuffix(".gguf")
     name = f"{stem}-{weight_quant.method}{weight_quant.bits}-r{residual_quant.bits}-{key}"
     folder = sources.cache_dir() / "artifacts" / name
     if not folder.is_dir():
-        build_artifact(source, folder, weight_quant, residual_quant, setup, shared=True)
+        build_artifact(source, folder, weight_quant, residual_quant, setup, device=device, shared=True)
     return folder
 
 
-@torch.no_grad()
-def quantized_layers(
-    model: nn.Module,
-    token_ids: Tensor,
-    weight_quant: WeightQuant,
-    residual_quant: ResidualQuant,
-    awq_sequences: int,
-) -> Iterator[tuple[str, BuiltLayer]]:
-    """Yield every linear layer of the decoder blocks by its full name, quantized.
-
-    Under AWQ the model's norms and linear layers are scaled in place as its blocks go by (the function
-    that the model computes stays the same up to float rounding). A quantized layer's weight is freed.
-    """
-    blocks = decoder_blocks(model)
-    groups = input_groups(model.config)
-    inputs = BlockInputs(model, blocks, token_ids, _BATCH)
-    for block_name, block in tqdm(blocks.items(), desc="quantizing blocks", unit="block"):
-        kept: dict[str, Tensor | None] = {}
-        samples: dict[str, Tensor] = {}
-        if weight_quant.method == "awq":
-            count = min(awq_sequences, token_ids.shape[0])
-            kept, samples = _scale_block(inputs, block_name, block, groups, weight_quant, count)
-        outputs, statistics = _observe(inputs, block_name, block, groups)
-        inputs.hidden = outputs
-        for group in groups:
-            for name in group.linears:
-                linear = linear_of(block, name)
-                sample = None if name in group.unclipped else samples.get(group.kind)
-                weight, residual = _quantize_linear(linear.weight.data, weight_quant, residual_quant, sample)
-                layer = BuiltLayer(weight, residual, statistics[group.kind], kept.get(group.kind))
-                yield f"{block_name}.{name}", layer
-                linear.weight.data = torch.empty(0)
+def _determining(source: str, recipe: Recipe, setup: CalibrationSetup, text: Text) -> dict[str, Any]:
+    """Return everything that decides what is built, as JSON types."""
+    checkpoint = recipe.checkpoint
+    return {
+        "recipe_version": RECIPE_VERSION,
+        "format_version": artifact.FORMAT_VERSION,
+        "source": sources.fingerprint(source),
+        "text_sha256": text.sha256,
+        "weight": recipe.weight.to_dict(),
+        "residual": recipe.residual.to_dict(),
+        "calibration": asdict(setup),
+        "quantized": sources.fingerprint(str(checkpoint.folder)) if checkpoint is not None else None,
+    }
 
 
-def _scale_block(
-    inputs: BlockInputs,
-    block_name: str,
-    block: nn.Module,
-    groups: list[InputGroup],
-    config: WeightQuant,
-    count: int,
-) -> tuple[dict[str, Tensor | None], dict[str, Tensor]]:
-    """Search and apply AWQ's scales; return the scales that stay in the layers, and each group's sample
-    of inputs in the scaled space."""
-    sample = awq.Sample(block, groups, lambda: inputs.run(block_name, block, count))
-    scales = {group.kind: awq.search_scale(block, group, sample, config) for group in groups}
-    kept: dict[str, Tensor | None] = {}
-    for group in groups:
-        kept[group.kind] = awq.apply_scale(block, group, scales[group.kind])
-        _divide_input(block, group, kept[group.kind])
-    return kept, {group.kind: sample.inputs(group.kind) / scales[group.kind] for group in groups}
+def _usable(device: str) -> torch.device:
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).partition("\n")[0]
+        raise DecDECError(f"device must be one that this torch can use, got {device!r}: {first}") from None
+    return chosen
 
 
-def _divide_input(block: nn.Module, group: InputGroup, scale: Tensor | None) -> None:
-    if scale is not None:
-        for name in group.linears:
-            linear_of(block, name).register_forward_pre_hook(lambda _m, args: (args[0] / scale,))
+def _block_bits(
+    model: StreamedModel, work: WorkFolder, token_ids: Tensor, config: WeightQuant
+) -> list[int] | None:
+    """Return the bits of each block where they differ, else None."""
+    if len(config.widths) == 1:
+        return None
+    low, high = config.widths
+    divergences = block_divergences(model, work, token_ids, config)
+    return choose_bits(divergences[low], divergences[high], (low, high))
 
 
-def _observe(
-    inputs: BlockInputs, block_name: str, block: nn.Module, groups: list[InputGroup]
-) -> tuple[Tensor, dict[str, ActivationStatistics]]:
-    """Return the block's outputs for all sequences, and the statistics of its input groups."""
-    watched = {group.kind: linear_of(block, group.linears[0]) for group in groups}
-    sums = {kind: StatisticsAccumulator(linear.in_features) for kind, linear in watched.items()}
-    with watching(watched, lambda kind, x: sums[kind].add(x)):
-        outputs = inputs.run(block_name, block)
-    return outputs, {kind: accumulator.result() for kind, accumulator in sums.items()}
+def _assemble(
+    out: Path,
+    folder: Path,
+    model: StreamedModel,
+    tokenizer: Any,
+    work: WorkFolder,
+    recipe: Recipe,
+    bits: list[int] | None,
+    provenance: dict[str, Any],
+    shard_bytes: int,
+) -> None:
+    """Write the artifact from what lies in the work folder and, of plain tensors, in the model's."""
+    dtype = getattr(model.config, "dtype", None) or torch.float32
+    tensors: dict[str, TensorSource] = {}
+    host: dict[str, TensorSource] = {}
+    for name in model.plain_names():
+        tensors[name] = _Cast(
+            model.files.tensors[name], artifact.plain_dtype(model.files.tensors[name], dtype)
+        )
+    for index in range(len(model.blocks)):
+        width = int(recipe.weight.bits) if bits is None else bits[index]
+        for name, tensor in work.files(block_file(width, index)).items():
+            (host if artifact.is_host_tensor(name) else tensors)[name] = tensor
+    config = model.config
+    config.dtype = dtype
+    quantization = {
+        "weight": recipe.weight.to_dict(),
+        "residual": recipe.residual.to_dict(),
+        "block_bits": bits,
+        "provenance": provenance,
+    }
+    generation = _generation_config(folder, model)
+    artifact.write(out, config, generation, tokenizer, tensors, host, quantization, shard_bytes)
 
 
-def _quantize_linear(
-    weight: Tensor, weight_quant: WeightQuant, residual_quant: ResidualQuant, sample: Tensor | None
-) -> tuple[QuantizedWeight, QuantizedResidual]:
-    """Return the low-bit weight, clipped on `sample` (tokens, in) if given, and what it leaves."""
-    full = weight.float()
-    quantized = quantize(awq.clip(full, sample, weight_quant) if sample is not None else full, weight_quant)
-    return quantized, quantize_residual(full - dequantize(quantized), residual_quant)
+def _generation_config(folder: Path, model: StreamedModel) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return model.model.generation_config
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """A tensor of a file in another floating dtype, piece by piece."""
+
+    source: FileTensor
+    to: torch.dtype
+
+    @property
+    def dtype(self) -> str:
+        return DTYPE_NAMES[self.to]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.to.itemsize
+
+    def pieces(self) -> Iterator[memoryview]:
+        rows = max(1, (1 << 24) // max(1, self.nbytes // max(1, self.shape[0])))
+        for first in range(0, self.shape[0], rows):
+            part = self.source.rows(first, min(first + rows, self.shape[0]))
+            yield from MemoryTensor(part.to(self.to)).pieces()

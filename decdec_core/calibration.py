@@ -8,13 +8,11 @@ texts --tokenize--> sequences --embedding--> hidden states --block 0--> ... --bl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from decdec_core.config import DecDECError
 
@@ -34,6 +32,11 @@ class ActivationStatistics:
     mean_square: Tensor
     mean: Tensor
 
+    def reordered(self, order: Tensor) -> ActivationStatistics:
+        """Return the same of x[..., order]; ranks have no order of channels."""
+        chosen = order.long()
+        return ActivationStatistics(self.rank_max, self.mean_square[chosen], self.mean[chosen])
+
 
 class StatisticsAccumulator:
     """Adds up ActivationStatistics over batches of inputs (sequences, tokens, in)."""
@@ -45,9 +48,13 @@ class StatisticsAccumulator:
         self._tokens = 0
 
     def add(self, x: Tensor) -> None:
-        # numpy sorts float32 rows with SIMD, some ten times faster than torch on a CPU
-        ranked = np.sort(x.abs().float().reshape(-1, x.shape[-1]).cpu().numpy(), axis=1)
-        self._rank_max = np.maximum(self._rank_max, ranked.max(axis=0)[::-1])
+        magnitudes = x.abs().float().reshape(-1, x.shape[-1])
+        if x.is_cuda:
+            highest = magnitudes.sort(dim=1).values.amax(0).cpu().numpy()
+        else:
+            # numpy sorts float32 rows with SIMD, some ten times faster than torch on a CPU
+            highest = np.sort(magnitudes.numpy(), axis=1).max(axis=0)
+        self._rank_max = np.maximum(self._rank_max, highest[::-1])
         later = x[:, FIRST_TOKENS:].float()
         self._square_sum += later.square().sum((0, 1), dtype=torch.float64).cpu()
         self._sum += later.sum((0, 1), dtype=torch.float64).cpu()
@@ -71,58 +78,3 @@ def sequences(token_ids: list[int], count: int, length: int) -> Tensor:
         )
     windows = torch.tensor(token_ids[: available * length]).view(available, length)
     return windows[torch.arange(count) * available // count]
-
-
-class BlockInputs:
-    """The calibration sequences on their way through the decoder blocks.
-
-    hidden: (sequences, tokens, hidden), the input of the block whose turn it is.
-    """
-
-    def __init__(self, model: nn.Module, blocks: dict[str, nn.Module], token_ids: Tensor, batch: int) -> None:
-        self._batch = batch
-        self._arguments = _block_arguments(model, blocks, token_ids[:1])
-        embed = model.get_input_embeddings()  # type: ignore[operator]
-        self.hidden = embed(token_ids)
-
-    def run(self, name: str, block: nn.Module, count: int | None = None) -> Tensor:
-        """Return the outputs of `block` for the first `count` sequences (all by default)."""
-        batches = self.hidden[:count].split(self._batch)
-        return torch.cat([_first(block(h, **self._arguments[name])) for h in batches])
-
-
-class _Reached(Exception):
-    """The last block's arguments are known; the rest of the forward pass is not needed."""
-
-
-def _block_arguments(
-    model: nn.Module, blocks: dict[str, nn.Module], one: Tensor
-) -> dict[str, dict[str, Any]]:
-    """Return the keyword arguments that the model gives to each block (masks, rotary embeddings).
-
-    They depend on the sequence length alone; taken per block, because masks can differ between blocks.
-    """
-    arguments: dict[str, dict[str, Any]] = {}
-    last = next(reversed(blocks))
-
-    def recorder(name: str) -> Callable[..., None]:
-        def record(_block: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arguments[name] = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-            if name == last:
-                raise _Reached
-
-        return record
-
-    handles = [b.register_forward_pre_hook(recorder(n), with_kwargs=True) for n, b in blocks.items()]
-    try:
-        model(one, use_cache=False)
-    except _Reached:
-        return arguments
-    finally:
-        for handle in handles:
-            handle.remove()
-    raise DecDECError("model must run all its decoder blocks in a forward pass, got one that skips the last")
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

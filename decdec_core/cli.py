@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from decdec_core.config import (
+    AVERAGE_BITS,
+    CLUSTERINGS,
     RESIDUAL_BITS,
-    WEIGHT_BITS,
     WEIGHT_METHODS,
     Compensation,
     DecDECError,
+    ResidualQuant,
+    WeightQuant,
     suggest,
 )
 
@@ -68,12 +71,46 @@ def _parser() -> argparse.ArgumentParser:
     dense.set_defaults(run=_dequantize, parser=dense)
     bench = commands.add_parser("bench", help="time an artifact")
     kinds = bench.add_subparsers(title="what to time", required=True, parser_class=OneLineParser)
+    _add_bench_build(
+        kinds.add_parser("build", help="a build of a random model: seconds for a block, most memory")
+    )
     _add_bench_forward(kinds.add_parser("forward", help="a forward pass under each selection, on the CPU"))
     _add_bench_kernels(kinds.add_parser("kernels", help="the CUDA kernels, matrix by matrix"))
     _add_bench_prefill(
         kinds.add_parser("prefill", help="passes over many tokens on a GPU, compensated or not")
     )
     return parser
+
+
+def _add_bench_build(build: argparse.ArgumentParser) -> None:
+    build.add_argument("--shapes", default="llama-3-8b", help="llama-3-8b or smollm2-135m")
+    build.add_argument("--blocks", type=int, default=3, help="decoder blocks of the random model (default 3)")
+    add_quantization(build)
+    build.add_argument("--calibration-sequences", type=int, default=64, metavar="N")
+    build.add_argument("--calibration-length", type=int, default=512, metavar="TOKENS")
+    build.add_argument(
+        "--folder", type=Path, default=Path(), help="where there is room for it (default here)"
+    )
+    build.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    build.set_defaults(run=_bench_build, parser=build)
+
+
+def _bench_build(options: argparse.Namespace) -> None:
+    weight, _ = quantization_of(options)
+    from decdec_core.build import CalibrationSetup
+    from decdec_core.build_bench import build_cost
+
+    setup = CalibrationSetup(options.calibration, options.calibration_sequences, options.calibration_length)
+    row = build_cost(options.shapes, options.blocks, weight, setup, options.device, options.folder).to_dict()
+    print(
+        f"{options.shapes}, {options.blocks} blocks, {weight.method} {weight.bits} bits on {options.device}: "
+        f"{row['median_seconds']:.1f} s a block, {row['projected_blocks']} blocks would take "
+        f"{row['projected_seconds'] / 60:.0f} min; most memory {row['host_bytes'] / 1e9:.2f} GB "
+        f"({row['start_bytes'] / 1e9:.2f} before the build), {row['device_bytes'] / 1e9:.2f} GB of tensors "
+        f"on the GPU; two blocks, embeddings and 2 GB are {row['allowed_bytes'] / 1e9:.2f} GB"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(row, indent=1) + "\n", "utf-8")
 
 
 def _add_bench_kernels(kernels: argparse.ArgumentParser) -> None:
@@ -121,20 +158,54 @@ def _add_bench_forward(forward: argparse.ArgumentParser) -> None:
     forward.set_defaults(run=_bench_forward, parser=forward)
 
 
-def _add_build(build: argparse.ArgumentParser) -> None:
-    build.add_argument(
-        "--model", required=True, metavar="SRC", help="a hub id, a folder, a .gguf file, or smollm2"
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Add the options that weight_quant_of and residual_quant_of read."""
+    parser.add_argument("--method", choices=WEIGHT_METHODS, help="default awq")
+    parser.add_argument(
+        "--bits",
+        type=bits_of,
+        choices=AVERAGE_BITS,
+        metavar="BITS",
+        help="2 to 5 (default 3); 2.5, 3.5, 4.5: half of the decoder blocks have a bit more",
     )
-    build.add_argument("--method", default="awq", choices=WEIGHT_METHODS)
-    build.add_argument("--bits", type=int, default=3, choices=WEIGHT_BITS)
-    build.add_argument("--group-size", type=int, default=128, help="input channels per scale (default 128)")
-    build.add_argument("--residual-bits", type=int, default=4, choices=RESIDUAL_BITS)
-    build.add_argument(
+    parser.add_argument(
+        "--group-size", type=int, help="input channels per scale (default 128); not squeezellm"
+    )
+    parser.add_argument("--clustering", choices=CLUSTERINGS, help="of squeezellm's codebooks (default exact)")
+    parser.add_argument("--residual-bits", type=int, default=4, choices=RESIDUAL_BITS)
+    parser.add_argument(
         "--calibration",
         default="auto",
         metavar="TEXT",
         help="wikitext2, pydoc, or a text file; auto (the default) takes wikitext2 where it can be had",
     )
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+
+
+def bits_of(text: str) -> int | float:
+    """Return "3" as 3 and "3.5" as 3.5; anything else raises ValueError."""
+    value = float(text)
+    return int(value) if value == int(value) else value
+
+
+def quantization_of(options: argparse.Namespace) -> tuple[WeightQuant, ResidualQuant]:
+    """Return what the options of add_quantization say."""
+    given = {name: getattr(options, name) for name in ("method", "bits", "group_size", "clustering")}
+    weight = WeightQuant(**{name: value for name, value in given.items() if value is not None})
+    return weight, ResidualQuant(options.residual_bits)
+
+
+def _add_build(build: argparse.ArgumentParser) -> None:
+    build.add_argument(
+        "--model", required=True, metavar="SRC", help="a hub id, a folder, a .gguf file, or smollm2"
+    )
+    build.add_argument(
+        "--quantized",
+        type=Path,
+        metavar="DIR",
+        help="a GPTQ, AWQ or compressed-tensors checkpoint of that model, taken as the base",
+    )
+    add_quantization(build)
     build.add_argument("--calibration-sequences", type=int, default=64, metavar="N")
     build.add_argument("--calibration-length", type=int, default=512, metavar="TOKENS")
     build.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -142,27 +213,48 @@ def _add_build(build: argparse.ArgumentParser) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
+    weight, residual = quantization_of(options)
+    if options.quantized is not None:
+        for name in ("method", "bits", "group_size", "clustering"):
+            if getattr(options, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise DecDECError(f"{flag} must be absent with --quantized, got {getattr(options, name)}")
     # torch and transformers take seconds to import: not before the arguments are known to be good
     from decdec_core.build import CalibrationSetup, build_artifact
-    from decdec_core.config import ResidualQuant, WeightQuant
 
-    weight_quant = WeightQuant(options.method, options.bits, options.group_size)
     setup = CalibrationSetup(options.calibration, options.calibration_sequences, options.calibration_length)
-    residual_quant = ResidualQuant(options.residual_bits)
-    out = build_artifact(options.model, options.out, weight_quant, residual_quant, setup)
+    out = build_artifact(
+        options.model,
+        options.out,
+        weight if options.quantized is None else None,
+        residual,
+        setup,
+        options.quantized,
+        options.device,
+    )
     _verify(argparse.Namespace(directory=out))
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from decdec_core.artifact import MODEL_FILE, RESIDUAL_FILE, verify
+    from decdec_core.artifact import Quantization
+    from decdec_core.manifest import CONFIG, HOST_STEM, MODEL_STEM
+    from decdec_core.verify import verify
 
     manifest = verify(options.directory)
-    sizes = [(options.directory / file).stat().st_size / 1e6 for file in (MODEL_FILE, RESIDUAL_FILE)]
+    sizes = [
+        sum((options.directory / file).stat().st_size for file in manifest.shards(stem)) / 1e6
+        for stem in (MODEL_STEM, HOST_STEM)
+    ]
+    config = json.loads((options.directory / CONFIG).read_text("utf-8"))
+    quantization = Quantization.from_dict(config["quantization_config"])
     print(
         f"{options.directory}: {len(manifest.tensors)} tensors as in the manifest, "
-        f"{len(manifest.layers())} quantized layers, model {sizes[0]:.1f} MB, residual {sizes[1]:.1f} MB, "
-        f"artifact {manifest.hash[:12]}"
+        f"{len(manifest.layers())} quantized layers, {quantization.weight.method} {quantization.weight.bits} "
+        f"bits, model {sizes[0]:.1f} MB, residual {sizes[1]:.1f} MB, artifact {manifest.hash[:12]}"
     )
+    for bits in quantization.weight.widths if quantization.block_bits else ():
+        blocks = [str(index) for index, width in enumerate(quantization.block_bits or ()) if width == bits]
+        print(f"{bits} bits in blocks {' '.join(blocks)}")
 
 
 def _dequantize(options: argparse.Namespace) -> None:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 CHUNK = 1024  # consecutive input channels that share one budget (method.md, "Words")
 SELECTIONS = ("none", "random", "static", "exact", "dynamic")
 COMPENSATE_MODES = ("all", "decode", "auto")
 PROJECTION_KINDS = ("qkv", "o", "gate_up", "down")  # the order of Compensation.k_chunk
-WEIGHT_METHODS = ("rtn", "awq")
+WEIGHT_METHODS = ("rtn", "awq", "squeezellm")  # by which this package quantizes
+ALL_METHODS = (*WEIGHT_METHODS, "gptq", "compressed-tensors")  # and by which imported weights were
 WEIGHT_BITS = (2, 3, 4, 5)
+AVERAGE_BITS = (2, 2.5, 3, 3.5, 4, 4.5, 5)  # a half: half of the decoder blocks at a bit more
+CLUSTERINGS = ("exact", "flash1d")
+GROUP_SIZE = 128
 RESIDUAL_BITS = (2, 4, 8, 16)
 
 
@@ -81,19 +85,48 @@ class _Config:
 
 @dataclass(frozen=True)
 class WeightQuant(_Config):
-    """The low-bit base weight: uniform codes, asymmetric, scale and zero per (out, group).
+    """The low-bit base weight.
 
-    method: "rtn" or "awq". bits: 2..5. group_size: input channels per group.
+    method: how it was made, one of ALL_METHODS. bits: 2..5, or an average in half steps, where half of the
+    decoder blocks have a bit more than the others. group_size: input channels that share a scale and a zero
+    (128), None for the codebook format. clustering: of a codebook, "exact" or "flash1d", else None.
     """
 
     method: str = "awq"
-    bits: int = 3
-    group_size: int = 128
+    bits: int | float = 3
+    group_size: int | None = None
+    clustering: str | None = None
 
     def __post_init__(self) -> None:
-        require_one_of("method", self.method, WEIGHT_METHODS)
-        require_one_of("bits", self.bits, WEIGHT_BITS)
+        require_one_of("method", self.method, ALL_METHODS)
+        require_one_of("bits", self.bits, AVERAGE_BITS)
+        if self.format == "codebook":
+            if self.group_size is not None:
+                raise DecDECError(
+                    f"group_size must be absent with {self.method}, which has a codebook per output channel, "
+                    f"got {self.group_size!r}"
+                )
+            object.__setattr__(self, "clustering", self.clustering or CLUSTERINGS[0])
+            require_one_of("clustering", self.clustering, CLUSTERINGS)
+            return
+        if self.clustering is not None:
+            raise DecDECError(f"clustering must be absent with {self.method}, got {self.clustering!r}")
+        object.__setattr__(self, "group_size", GROUP_SIZE if self.group_size is None else self.group_size)
         require_int("group_size", self.group_size, 8, 65536)
+
+    @property
+    def format(self) -> str:
+        """ "uniform" or "codebook" (method.md section 1)."""
+        return "codebook" if self.method == "squeezellm" else "uniform"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits that decoder blocks have: one number, or two that differ by one, the smaller first."""
+        return (int(self.bits),) if self.bits == int(self.bits) else (int(self.bits), int(self.bits) + 1)
+
+    def at(self, bits: int) -> WeightQuant:
+        """Return the same with whole `bits`: what a layer has."""
+        return replace(self, bits=bits)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from decdec_core.sources import require_absent, save_plain
 def write_dense(directory: Path, out: Path) -> Path:
     """Write the model that `directory`'s artifact is without compensation to the folder `out`, in float32.
 
-    Input scales are divided into the weights. Raises DecDECError where `out` exists.
+    Input scales are divided into the weights, and input orders undone. Raises DecDECError where `out` exists.
     """
     require_absent(out)
     require_artifact(directory)

@@ -1,55 +1,52 @@
 """The transformers quantizer "decdec": AutoModelForCausalLM.from_pretrained(DIR) verifies and loads.
 
-transformers itself only warns about missing, extra or altered tensors; the manifest is therefore checked
-before a byte is loaded. The residual never enters the model's state dict.
+transformers itself only warns about missing, extra or altered tensors; the whole folder is therefore verified
+before it opens a file. The residual never enters the model's state dict.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from decdec_core.architectures import require_supported
-from decdec_core.artifact import (
+from decdec_core.artifact import Quantization, is_host_tensor, load_host_tensors
+from decdec_core.config import Compensation, DecDECError
+from decdec_core.errors import ArtifactError, ConfigError
+from decdec_core.manifest import (
+    CONFIG,
+    HOST_STEM,
     MANIFEST,
-    MODEL_FILE,
+    MODEL_STEM,
     QUANT_METHOD,
-    RESIDUAL_FILE,
-    ArtifactError,
     Manifest,
-    load_host_tensors,
     read_manifest,
-    require_format_version,
-    verify,
 )
-from decdec_core.config import Compensation, ResidualQuant, WeightQuant
 from decdec_core.model import attach, dec_layers, replace_linears
+from decdec_core.saving import save_pretrained
+from decdec_core.verify import require_same_tensors, verify
 
 
 @register_quantization_config(QUANT_METHOD)
 class DecDECConfig(QuantizationConfigMixin):
-    """config.json's quantization_config. weight, residual: WeightQuant and ResidualQuant as dictionaries.
-    provenance: what the artifact was built from."""
+    """config.json's quantization_config as it stands there: artifact.Quantization says what it holds. It is
+    made before the folder is verified, and so refuses nothing."""
 
-    def __init__(
-        self,
-        format_version: int,
-        weight: dict[str, Any],
-        residual: dict[str, Any],
-        provenance: dict[str, Any] | None = None,
-        quant_method: str = QUANT_METHOD,
-    ) -> None:
-        require_format_version(format_version)
-        self.quant_method = quant_method  # type: ignore[assignment]  # transformers takes any string
-        self.format_version = format_version
-        self.weight = WeightQuant.from_dict(weight).to_dict()
-        self.residual = ResidualQuant.from_dict(residual).to_dict()
-        self.provenance = provenance or {}
+    def __init__(self, **values: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers takes any string
+        self.values = copy.deepcopy({**values, "quant_method": QUANT_METHOD})
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.values)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -58,28 +55,90 @@ class DecDECQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: DecDECConfig
+    folder: Path | None = None
+    manifest: Manifest
+    quantization: Quantization
+
+    # the hook that is given the config before weight files are looked for, in transformers 5.23 and in 5.17
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        return self._verified_and_named(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        return self._verified_and_named(config)
+
+    def _verified_and_named(self, config: Any) -> Any:
+        """Verify a local artifact and tell transformers the name of its weights."""
+        name = str(config.name_or_path or "")
+        if Path(name).is_dir() and name:
+            self._verify(Path(name))
+        config.transformers_weights = Quantization.from_dict(self.quantization_config.values).weights_file
+        return config
+
+    def _verify(self, folder: Path) -> None:
+        with torch.device("cpu"):  # transformers may be making the model, with the meta device as default
+            self.folder, self.manifest = folder, verify(folder)
+        stored = json.loads((folder / CONFIG).read_bytes())["quantization_config"]
+        if stored != self.quantization_config.values:
+            raise ConfigError(f"quantization_config must be that of {folder}, got another")
+        self.quantization = Quantization.from_dict(stored)
+
+    def validate_environment(self, *_args: Any, device_map: Any = None, **_kwargs: Any) -> None:
+        """Refuse what would move a layer's weight behind its back: to a disk, or from the CPU to a GPU."""
+        if isinstance(device_map, dict):
+            places = {str(place) for place in device_map.values()}
+            if "disk" in places or ("cpu" in places and len(places) > 1):
+                raise DecDECError(
+                    "device_map must place a decdec model on GPUs or on the CPU, without offloading, "
+                    f"got {', '.join(sorted(places))}"
+                )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        require_supported(model.config)
-        self._folder = _artifact_folder(model, kwargs.get("checkpoint_files"))
-        self._manifest = verify(self._folder)
-        weight_quant = WeightQuant.from_dict(self.quantization_config.weight)
-        replace_linears(model, weight_quant, self._manifest.layers())
-        _require_same_tensors(model, self._manifest)
+        config: Any = model.config
+        require_supported(config)
+        if getattr(config, "distributed_config", None) is not None:
+            raise DecDECError("a decdec model must be loaded without tensor parallelism, got a plan for it")
+        self._take(str(config.name_or_path), kwargs.get("checkpoint_files") or [])
+        replace_linears(model, self.quantization.weight, self.manifest.layers(), self.quantization.block_bits)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        wanted = {name: t.shape for name, t in model.state_dict().items() if name not in tied}
+        entries = self.manifest.tensors.items()
+        stored = {name: entry["shape"] for name, entry in entries if not is_host_tensor(name)}
+        require_same_tensors(str(self.folder), wanted, stored)
         return model
 
+    def _take(self, name: str, checkpoint_files: list[str]) -> None:
+        """Verify what is not yet: a hub's artifact, and one whose class was named instead of AutoModel, which
+        gives the config no path. Refuse files of another folder."""
+        parents = {Path(file).parent for file in checkpoint_files}
+        if len(parents) != 1:
+            raise ArtifactError(f"artifact {name} must be loaded from one folder, got {len(parents)}")
+        folder = parents.pop()
+        if self.folder is None:
+            self._verify(folder if Path(name).is_dir() else _fetched(name, folder))
+        assert self.folder is not None
+        found = sorted(Path(file).name for file in checkpoint_files)
+        wanted = self.manifest.shards(MODEL_STEM)
+        if folder.resolve() != self.folder.resolve() or found != wanted:
+            raise ArtifactError(
+                f"artifact {name} must be loaded from {', '.join(wanted)} in {self.folder}, "
+                f"got {', '.join(found)} in {folder}"
+            )
+
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
-        residual_quant = ResidualQuant.from_dict(self.quantization_config.residual)
-        kept = load_host_tensors(self._folder, self._manifest, residual_quant)
+        assert self.folder is not None
+        kept = load_host_tensors(self.folder, self.manifest, self.quantization.residual)
         for name, layer in dec_layers(model).items():
             layer.residual, layer.statistics = kept[name]
             if layer.codes.is_cuda:
                 layer.prepare_for_gpu()
-        attach(model, Compensation(), self._manifest.hash)
+        attach(model, Compensation(), self.manifest.hash)
+        # transformers' own would leave the residual out; a copy of the model gets a method of its own
+        model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
         return model
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
-        """False: save_pretrained would leave the residual out. Copy the artifact's folder instead."""
+        """False: of transformers' own save_pretrained, in whose place the loaded model has another."""
         return False
 
     @property
@@ -87,44 +146,14 @@ class DecDECQuantizer(HfQuantizer):
         return False
 
 
-def _artifact_folder(model: nn.Module, checkpoint_files: list[str] | None) -> Path:
-    """Return the artifact's local folder; from a hub, fetch what transformers itself leaves there."""
-    config: Any = model.config
-    name = str(config.name_or_path)
-    if not checkpoint_files:
-        raise ArtifactError(f"artifact {name} must have weight files, got none")
-    found = [Path(file).name for file in checkpoint_files]
-    if found != [MODEL_FILE]:
-        raise ArtifactError(f"artifact {name} must be loaded from {MODEL_FILE}, got {', '.join(found)}")
-    folder = Path(checkpoint_files[0]).parent
-    if not Path(name).is_dir():
-        # CACHE/models--ORG--NAME/snapshots/COMMIT: the rest has to land beside the weights
-        where = {"revision": getattr(config, "_commit_hash", None), "cache_dir": folder.parents[2]}
-        cached_file(name, MANIFEST, **where)
-        for file in (RESIDUAL_FILE, *read_manifest(folder).files):
-            cached_file(name, file, **where)
-    return folder
-
-
-def _require_same_tensors(model: nn.Module, manifest: Manifest) -> None:
-    """Raise ArtifactError unless the manifest holds exactly what the model will load."""
-    host_only = (
-        *(".residual.codes", ".residual.scale"),
-        *(".calibration.rank_max", ".calibration.mean_square", ".calibration.mean"),
-    )
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    for layer in manifest.layers():
-        for suffix in host_only:
-            if f"{layer}{suffix}" not in manifest.tensors:
-                raise ArtifactError(f"tensor {layer}{suffix} must be in the artifact, got none")
-    wanted = {name: list(t.shape) for name, t in model.state_dict().items() if name not in tied}
-    stored = {
-        name: entry["shape"] for name, entry in manifest.tensors.items() if not name.endswith(host_only)
-    }
-    for name in sorted(wanted.keys() | stored.keys()):
-        if name not in stored:
-            raise ArtifactError(f"tensor {name} must be in the artifact, got none")
-        if name not in wanted:
-            raise ArtifactError(f"tensor {name} must be one of the model's, got one that it does not have")
-        if wanted[name] != stored[name]:
-            raise ArtifactError(f"tensor {name} must have shape {wanted[name]}, got {stored[name]}")
+def _fetched(name: str, snapshot: Path) -> Path:
+    """Return the folder of an artifact from a hub, where transformers leaves only the weights, complete."""
+    # CACHE/models--ORG--NAME/snapshots/COMMIT: the rest has to land beside the weights
+    if snapshot.parent.name != "snapshots":
+        raise ArtifactError(f"artifact {name} must be the whole of a repository, got {snapshot}")
+    where = {"revision": snapshot.name, "cache_dir": snapshot.parents[2]}
+    cached_file(name, MANIFEST, **where)
+    manifest = read_manifest(snapshot)
+    for file in (*manifest.shards(HOST_STEM), *manifest.files):
+        cached_file(name, file, **where)
+    return snapshot

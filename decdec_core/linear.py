@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decdec_core import ops, prefill
+from decdec_core import ops, prefill, tiles
 from decdec_core.calibration import ActivationStatistics
-from decdec_core.config import WeightQuant, groups_of, total_channels
-from decdec_core.packing import DEPTH, pack_codes, pack_tiles, packed_words, unpack_codes, unpack_tiles
-from decdec_core.quantize.uniform import QuantizedWeight, dequantize
+from decdec_core.config import WEIGHT_BITS, WeightQuant, require_one_of, total_channels
+from decdec_core.packing import pack_table
+from decdec_core.quantize import QuantizedWeight, weight_layout, weight_of
 from decdec_core.residuals import QuantizedResidual
 
+EXTRAS = ("input_order", "input_scale")  # buffers that some layers have, in the order that they act on x
 _HALVES = (torch.float16, torch.bfloat16)
 _SUMS_AT_ONCE = 1 << 24  # 64 MB of float32
 _TOKENS_AT_ONCE = 1 << 15  # of one launch of `compensate`
@@ -33,18 +36,23 @@ def _few(tokens: int, dtype: torch.dtype) -> bool:
 
 
 class DecLinear(nn.Module):
-    """y = Ŵ(x/s) + b + sum over the selected channels c of (x/s)_c · residual_c (method.md section 5).
+    """y = Ŵx + b + sum over the selected channels c of x_c · residual_c (method.md section 5).
 
-    Buffers, as on disk: codes (out, words) int32, scales (out, groups) float16, zeros (out, groups) uint8,
-    input_scale s (in,) float32 where AWQ could not fold it, and bias (out,). The residual and the
-    statistics are no buffers: they stay in host memory through `.to()`.
+    Buffers, as on disk: those of the weight's format (quantize.weight_layout), which are codes, scales and
+    zeros, or codes and table; bias (out,) float32; and what `extras` names. With input_order (in,) int32, x
+    above is the layer's x[..., input_order]; with input_scale (in,) float32 it is then divided by that. The
+    residual and the statistics are no buffers: they stay in host memory through `.to()`.
 
     Inputs (..., tokens, in), outputs (..., tokens, out) in the input's dtype; the compensation is summed in
     float32. `selection` None, or a pass that `scope` leaves out, gives the base layer bit for bit.
 
-    On a GPU the weight is kept in the kernels' order instead (`tiled`; the three buffers are then empty) and
-    the residual pinned. One to eight tokens in half precision take `ops.linear`, and y is rounded once. More,
-    or other settings than its kernels have, take a dense weight decoded for the pass, and y is rounded to the
+    On a GPU the weight is kept in the kernels' order instead (`tiled`; its buffers are then empty) and the
+    residual pinned. A codebook's values are there in the activations' dtype, which a cast of the layer or
+    else its first pass tells; their float16 original waits in host memory. A pass in another dtype replaces
+    them, and what was captured with them is to be captured again.
+
+    One to eight tokens in half precision take `ops.linear`, and y is rounded once. More, or other settings
+    than its kernels have (tiles.fits), take a dense weight decoded for the pass, and y is rounded to the
     input's dtype twice, after the base product and after the compensation; the residual's rows are rounded to
     it too, and the sums are as torch's matrix products carry them. Of the residual they fetch the rows of a
     static selection once; what their tokens chose one by one, while that is less than the residual; else the
@@ -54,6 +62,8 @@ class DecLinear(nn.Module):
     codes: Tensor
     scales: Tensor
     zeros: Tensor
+    table: Tensor
+    input_order: Tensor | None
     input_scale: Tensor | None
     bias: Tensor | None
 
@@ -63,17 +73,21 @@ class DecLinear(nn.Module):
         out_features: int,
         config: WeightQuant,
         bias: bool = False,
-        scaled_input: bool = False,
+        extras: Collection[str] = (),
     ) -> None:
+        """Make an empty layer. Raises DecDECError for bits that are not whole and for unknown extras."""
         super().__init__()
+        require_one_of("bits of a layer", config.bits, WEIGHT_BITS)
+        for name in extras:
+            require_one_of("extra", name, EXTRAS)
         self.in_features, self.out_features, self.config = in_features, out_features, config
-        groups = groups_of(in_features, config.group_size)
-        words = packed_words(in_features, config.bits)
-        self.register_buffer("codes", torch.zeros(out_features, words, dtype=torch.int32))
-        self.register_buffer("scales", torch.zeros(out_features, groups, dtype=torch.float16))
-        self.register_buffer("zeros", torch.zeros(out_features, groups, dtype=torch.uint8))
+        self._layout = weight_layout(config, in_features, out_features)
+        for name, (shape, dtype) in self._layout.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        order = torch.arange(in_features, dtype=torch.int32) if "input_order" in extras else None
+        self.register_buffer("input_order", order)
         self.register_buffer(
-            "input_scale", torch.ones(in_features, dtype=torch.float32) if scaled_input else None
+            "input_scale", torch.ones(in_features, dtype=torch.float32) if "input_scale" in extras else None
         )
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
         self.residual: QuantizedResidual | None = None
@@ -82,6 +96,8 @@ class DecLinear(nn.Module):
         self.scope = Scope()
         self.stage = prefill.Stage()
         self.tiled: ops.TiledWeight | None = None
+        self._values = torch.float16  # of a codebook in `tiled`
+        self._table: Tensor | None = None
         self._pinned: QuantizedResidual | None = None
         self._dense: Tensor | None = None
 
@@ -89,23 +105,34 @@ class DecLinear(nn.Module):
         kept = self.residual.config.bits if self.residual else None
         return f"in={self.in_features}, out={self.out_features}, {self.config}, residual_bits={kept}"
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the low-bit weight as on disk, the input's order and scale among them."""
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self._layout.values()]
+        return sum(sizes) + sum(t.nbytes for t in (self.input_order, self.input_scale) if t is not None)
+
     def dequantize(self) -> Tensor:
-        """Return Ŵ (out, in) float32, in the space of the scaled input."""
+        """Return Ŵ (out, in) float32, for reordered and scaled inputs."""
         if self.tiled is not None:
-            return ops.dequantize(self.tiled, torch.float32)
-        packed = QuantizedWeight(self.codes, self.scales, self.zeros, self.in_features, self.config)
-        return dequantize(packed)
+            return ops.dequantize(self._tiled_with(self.tiled, torch.float16), torch.float32)
+        return self._logical().dequantize()
 
     def dense_weight(self) -> Tensor:
-        """Return the float32 weight (out, in) for unscaled inputs: what a plain linear layer would hold."""
+        """Return the float32 weight (out, in) for plain inputs: what a plain linear layer would hold."""
         weight = self.dequantize()
-        return weight if self.input_scale is None else weight / self.input_scale
+        if self.input_scale is not None:
+            weight = weight / self.input_scale
+        if self.input_order is not None:
+            weight = torch.empty_like(weight).index_copy_(1, self.input_order.long(), weight)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.input_order is not None:
+            x = x.index_select(-1, self.input_order)
         if self.input_scale is not None:
             x = x / self.input_scale.to(x.dtype)
         if x.is_cuda:
-            self.prepare_for_gpu()
+            self.prepare_for_gpu(x.dtype)
         selection = self.selection if self.scope.active else None
         tokens = x.reshape(-1, self.in_features)
         if x.is_cuda:
@@ -200,49 +227,60 @@ class DecLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the weight."""
-        return self.scales.device
+        return self.codes.device
 
-    def prepare_for_gpu(self) -> None:
+    def prepare_for_gpu(self, dtype: torch.dtype | None = None) -> None:
         """Bring a layer whose weight is on a GPU into the form that its kernels take; again, does nothing.
 
-        Raises DecDECError where host memory cannot hold the pinned residual.
+        dtype: of the activations, if it is known. Raises DecDECError where host memory cannot hold the pinned
+        residual.
         """
         residual, selection = self.residual, self.selection
         if residual is not None and residual is not self._pinned:
             self.residual = self._pinned = residual.pinned()
         if selection is not None and selection.indices is not None:
-            here = self.scales.device
+            here = self.device
             if selection.indices.device != here:
                 self.selection = replace(selection, indices=selection.indices.to(here))
-        fits = self.config.bits <= 4 and self.config.group_size == DEPTH and self.in_features % 32 == 0
-        if self.tiled is None and fits:
-            codes = unpack_codes(self.codes, self.config.bits, self.in_features)
-            tiles = pack_tiles(codes, self.config.bits, self.scales, self.zeros)
-            self.tiled = ops.TiledWeight(
-                tiles, self.config.bits, self.out_features, self.in_features, bias=self.bias
-            )
-            self.codes, self.scales, self.zeros = (
-                t.new_empty(0) for t in (self.codes, self.scales, self.zeros)
-            )
-            # a launch may fetch tiles before the one that precedes it has ended
-            torch.cuda.current_stream(tiles.device).synchronize()
+        self._tile(dtype)
 
-    def _logical(self) -> dict[str, Tensor]:
-        """Return codes, scales and zeros as on disk."""
+    def _tile(self, dtype: torch.dtype | None) -> None:
+        """Bring the weight into the kernels' order, and a codebook's values into what `dtype` takes."""
+        values = self._values if dtype is None else dtype if dtype in _HALVES else torch.float16
+        if self.tiled is None and tiles.fits(self.config, self.in_features):
+            weight = self._logical()
+            table = weight.tensors().get("table")
+            self._table = None if table is None else table.cpu()
+            self.tiled = tiles.tile(weight, values, self.bias)
+            for name, tensor in weight.tensors().items():
+                setattr(self, name, tensor.new_empty(0))
+        elif self.tiled is not None and self._table is not None and values != self._values:
+            self.tiled = self._tiled_with(self.tiled, values)
+        else:
+            return
+        self._values = values
+        if self.device.type == "cuda":
+            # a launch may fetch tiles before the one that precedes it has ended
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _tiled_with(self, tiled: ops.TiledWeight, values: torch.dtype) -> ops.TiledWeight:
+        """Return `tiled`, its codebook's values, if it has one, in the dtype `values`."""
+        if self._table is None or values == self._values:
+            return tiled
+        return replace(tiled, table=pack_table(self._table.to(self.device, values)))
+
+    def _logical(self) -> QuantizedWeight:
+        """Return the weight as on disk."""
         if self.tiled is None:
-            return {"codes": self.codes, "scales": self.scales, "zeros": self.zeros}
-        codes, scales, zeros = unpack_tiles(
-            self.tiled.tiles, self.config.bits, self.out_features, self.in_features, codebook=False
-        )
-        assert scales is not None
-        assert zeros is not None
-        return {"codes": pack_codes(codes, self.config.bits), "scales": scales, "zeros": zeros}
+            return weight_of(self.config, self.in_features, {n: getattr(self, n) for n in self._layout})
+        table = None if self._table is None else self._table.to(self.device)
+        return tiles.untile(self.tiled, self.config, table)
 
     def _leave_gpu(self) -> None:
         if self.tiled is not None:
-            for name, tensor in self._logical().items():
+            for name, tensor in self._logical().tensors().items():
                 setattr(self, name, tensor)
-            self.tiled = None
+            self.tiled = self._table = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of pinned memory is not pinned
@@ -257,7 +295,8 @@ class DecLinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.tiled is not None:
-            destination.update({prefix + name: tensor for name, tensor in self._logical().items()})
+            logical = self._logical().tensors()
+            destination.update({prefix + name: tensor for name, tensor in logical.items()})
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._leave_gpu()
@@ -268,12 +307,15 @@ class DecLinear(nn.Module):
         self._leave_gpu()
         self._dense = None
         # their dtypes are the format's: a model cast to another keeps them
-        before = {name: getattr(self, name) for name in ("scales", "input_scale", "bias")}
+        before = {n: t for n, t in self._buffers.items() if t is not None and t.is_floating_point()}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             now = getattr(self, name)
-            if tensor is not None and now.dtype != tensor.dtype:
+            if now.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(now.device))
-        if self.scales.is_cuda:
+        cast = fn(torch.empty(0)).dtype
+        if cast in _HALVES:
+            self._values = cast
+        if self.device.type == "cuda":
             self.prepare_for_gpu()
         return self

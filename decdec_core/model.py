@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import nn
 from decdec_core import kernels
 from decdec_core.architectures import kind_of
 from decdec_core.channels import make_selection
-from decdec_core.config import Compensation, DecDECError, WeightQuant, total_channels
+from decdec_core.config import Compensation, DecDECError, WeightQuant, require_one_of, total_channels
 from decdec_core.linear import DecLinear, Scope
 from decdec_core.prefill import Stage
+
+_BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass
@@ -28,22 +31,38 @@ class ModelState:
     stage: Stage = field(default_factory=Stage)
 
 
-def replace_linears(model: nn.Module, config: WeightQuant, scaled_input: Mapping[str, bool]) -> None:
-    """Put an empty DecLinear in the place of each linear layer named in `scaled_input` (full names).
+def replace_linears(
+    model: nn.Module,
+    config: WeightQuant,
+    layers: Mapping[str, tuple[str, ...]],
+    block_bits: Sequence[int] | None = None,
+) -> None:
+    """Put an empty DecLinear in the place of each linear layer named in `layers` (full names).
 
-    The value says whether the layer keeps an input scale. Raises DecDECError for a name that is none.
+    The value says which extras the layer has (linear.EXTRAS). block_bits: the bits of each decoder block,
+    where config.bits is their average. Raises DecDECError for a name that is none, and for bits that are
+    missing or not of config.widths.
     """
     modules = dict(model.named_modules())
-    for name, keeps_scale in scaled_input.items():
+    for name, extras in layers.items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             got = type(linear).__name__ if linear is not None else "nothing"
             raise DecDECError(f"artifact layer {name} must be a linear layer of the model, got {got}")
         parent, _, leaf = name.rpartition(".")
-        layer = DecLinear(
-            linear.in_features, linear.out_features, config, linear.bias is not None, keeps_scale
-        )
-        setattr(modules[parent], leaf, layer.to(linear.weight.device))
+        whole = config if block_bits is None else config.at(_bits_of(name, config, block_bits))
+        layer = DecLinear(linear.in_features, linear.out_features, whole, linear.bias is not None, extras)
+        # the dtype tells the layer what its activations will be
+        setattr(modules[parent], leaf, layer.to(linear.weight.device, linear.weight.dtype))
+
+
+def _bits_of(name: str, config: WeightQuant, block_bits: Sequence[int]) -> int:
+    found = _BLOCK.search(name)
+    if found is None or int(found[1]) >= len(block_bits):
+        raise DecDECError(f"artifact layer {name} must be in one of {len(block_bits)} blocks, got another")
+    bits = block_bits[int(found[1])]
+    require_one_of(f"bits of block {found[1]}", bits, config.widths)
+    return bits
 
 
 def attach(model: nn.Module, compensation: Compensation, artifact_hash: str) -> None:
@@ -116,7 +135,8 @@ def set_compensation(model: nn.Module, compensation: Compensation) -> None:
 def compensation_ledger(model: nn.Module) -> dict[str, Any]:
     """Return what a result must say about the compensation it was measured with, as JSON types.
 
-    channels_per_token and bytes_per_token: fetched for one compensated token, summed over the layers.
+    channels_per_token and bytes_per_token: fetched for one compensated token, summed over the layers. The
+    memory is that of memory_ledger.
     """
     state = state_of(model)
     compensation = state.compensation
@@ -127,8 +147,33 @@ def compensation_ledger(model: nn.Module) -> dict[str, Any]:
         fetched += count * layer.residual.bytes_per_channel if layer.residual else 0
     return {
         **compensation.to_dict(),
+        **memory_ledger(model),
         "artifact_hash": state.artifact_hash,
         "channels_per_token": channels,
         "bytes_per_token": fetched,
         "kernel": kernels.in_use(),
+    }
+
+
+def memory_ledger(model: nn.Module) -> dict[str, Any]:
+    """Return what `model`, which has DecLinear layers, keeps in memory, as JSON types.
+
+    weight_bits: of the layers' codes, averaged over their weights. bits_per_weight: of the layers' codes,
+    scales, zeros, tables, input orders and scales together. gpu_bytes: of all parameters and buffers, tied
+    ones once: of the layers as on disk, of the rest in the dtypes it was loaded in. host_bytes: of the
+    residuals.
+    """
+    layers = dec_layers(model).values()
+    sizes = [layer.in_features * layer.out_features for layer in layers]
+    weights, low_bit = sum(sizes), sum(layer.weight_bytes for layer in layers)
+    codes = sum(size * layer.config.bits for size, layer in zip(sizes, layers, strict=True))
+    others = [module for module in model.modules() if not isinstance(module, DecLinear)]
+    plain = [t for module in others for t in (*module.parameters(False), *module.buffers(False))]
+    plain += [layer.bias for layer in layers if layer.bias is not None]
+    residuals = [layer.residual for layer in layers if layer.residual is not None]
+    return {
+        "weight_bits": codes / weights,
+        "bits_per_weight": low_bit * 8 / weights,
+        "gpu_bytes": low_bit + sum({id(t): t.nbytes for t in plain}.values()),
+        "host_bytes": sum(kept.codes.nbytes + kept.scale.nbytes for kept in residuals),
     }

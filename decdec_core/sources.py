@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from decdec_core.architectures import require_supported
@@ -76,6 +77,16 @@ def load_tokenizer(source: str) -> Any:
     """Return the tokenizer of `source`."""
     with _one_line(source):
         return AutoTokenizer.from_pretrained(_checked(materialize(source)))
+
+
+def model_folder(source: str) -> Path:
+    """Return a folder with the config, the tokenizer and the safetensors files of `source`, downloaded first
+    where it is a hub id."""
+    name = _checked(materialize(source))
+    if Path(name).is_dir():
+        return Path(name)
+    with _one_line(source):
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

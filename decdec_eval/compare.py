@@ -20,20 +20,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from decdec_core.artifact import is_artifact, read_manifest
+from decdec_core.artifact import is_artifact
 from decdec_core.build import cached_artifact
-from decdec_core.cli import OneLineParser, run_command
+from decdec_core.cli import OneLineParser, add_quantization, quantization_of, run_command
 from decdec_core.config import (
-    RESIDUAL_BITS,
-    WEIGHT_BITS,
-    WEIGHT_METHODS,
     Compensation,
     DecDECError,
-    ResidualQuant,
-    WeightQuant,
     require_int,
     require_one_of,
 )
+from decdec_core.manifest import read_manifest
 from decdec_core.model import compensation_ledger, set_compensation
 from decdec_core.sources import load_model, load_tokenizer
 from decdec_core.texts import Text, available_text, load_text
@@ -75,10 +71,13 @@ def cells(selections: Sequence[str], k_chunks: Sequence[str], seed: int) -> list
 
 
 class Comparison:
-    """The runs of one model on one text. source: a plain model; folder: its artifact."""
+    """The runs of one model on one text, in float32. source: a plain model; folder: its artifact; count: of
+    windows; device: where passes run."""
 
-    def __init__(self, source: str, folder: Path, text: Text, count: int, out: Path) -> None:
-        self.source, self.folder, self.out = source, folder, out
+    def __init__(
+        self, source: str, folder: Path, text: Text, count: int, out: Path, device: str = "cpu"
+    ) -> None:
+        self.source, self.folder, self.out, self.device = source, folder, out, device
         tokenizer = load_tokenizer(str(folder))
         token_ids = tokenizer(text.text, verbose=False).input_ids
         self.windows = windows(token_ids)[:count]
@@ -102,7 +101,7 @@ class Comparison:
                 print(f"{head}: kept from {path}", flush=True)
             else:
                 print(head, flush=True)
-                _write_json(path, self._run(cell))
+                write_json(path, self._run(cell))
             yield path
 
     def _configuration(self, cell: Cell) -> dict[str, Any]:
@@ -134,6 +133,7 @@ class Comparison:
             "configuration": self._configuration(cell),
             "quantization": json.loads((self.folder / "config.json").read_text())["quantization_config"],
             "ledger": ledger,
+            "disk_bytes": sum(file.stat().st_size for file in self.folder.iterdir()),
             "metrics": {**summary(losses), "window_nll": losses},
             "measured": True,
             "time_s": time.perf_counter() - start,
@@ -148,11 +148,11 @@ class Comparison:
                 model = load_model(self.source)
             else:
                 model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
-            self._loaded = full, model.eval()
+            self._loaded = full, model.eval().to(self.device)
         return self._loaded[1]
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
@@ -173,10 +173,9 @@ def _compare(options: argparse.Namespace) -> None:
     if is_artifact(options.model):
         raise DecDECError(f"model must be a full-precision model, got the artifact {options.model}")
     text = load_text(available_text("test") if options.text == "auto" else options.text, "test")
-    weight_quant = WeightQuant(options.method, options.bits, options.group_size)
-    residual_quant = ResidualQuant(options.residual_bits)
-    folder = cached_artifact(options.model, weight_quant, residual_quant, options.calibration)
-    comparison = Comparison(options.model, folder, text, options.windows, options.out)
+    weight_quant, residual_quant = quantization_of(options)
+    folder = cached_artifact(options.model, weight_quant, residual_quant, options.calibration, options.device)
+    comparison = Comparison(options.model, folder, text, options.windows, options.out, options.device)
     paths = list(comparison.run_all(grid))
     print(write_report(options.out, paths))
 
@@ -184,18 +183,19 @@ def _compare(options: argparse.Namespace) -> None:
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="python -m decdec_eval.compare", description=__doc__)
     parser.add_argument("--model", required=True, help="a hub id, a folder, a .gguf file, or smollm2")
-    parser.add_argument("--method", default="awq", choices=WEIGHT_METHODS)
-    parser.add_argument("--bits", type=int, default=3, choices=WEIGHT_BITS)
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--residual-bits", type=int, default=4, choices=RESIDUAL_BITS)
-    parser.add_argument("--calibration", default="auto", help="wikitext2, pydoc, or a text file")
-    parser.add_argument("--text", default="auto", help="the text to score: wikitext2 or pydoc")
+    add_quantization(parser)
+    add_evaluation(parser)
     parser.add_argument("--selections", nargs="+", default=list(ORDER), metavar="SELECTION")
-    parser.add_argument("--k-chunk", nargs="+", default=["16"], metavar="K", help="16, or 8/8/16/16")
+    return parser
+
+
+def add_evaluation(parser: argparse.ArgumentParser, k_chunk_type: Any = str) -> None:
+    """Add the options that say what is measured, and where it is written."""
+    parser.add_argument("--text", default="auto", help="the text to score: wikitext2 or pydoc")
+    parser.add_argument("--k-chunk", nargs="+", type=k_chunk_type, default=[k_chunk_type(16)], metavar="K")
     parser.add_argument("--windows", type=int, default=20, help="windows of 2048 tokens (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="of random selection")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    return parser
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from decdec_eval.provenance import environment
 FULL = "full"  # method=full: the unquantized model itself, through the same code path
 TOKEN_WINDOWS = "token_windows"  # the request type of tasks/utils.py, and the name of its method here
 _COMPENSATION = ("selection", "k_chunk", "compensate", "seed")
-_QUANTIZATION = ("method", "bits", "group_size", "residual_bits", "calibration")
+_QUANTIZATION = ("method", "bits", "group_size", "clustering", "residual_bits", "calibration")
 # arguments of from_pretrained that HFLM hands through unnamed
 _FROM_PRETRAINED = (
     "attn_implementation",
@@ -55,8 +55,8 @@ class DecDECLM(HFLM):
 
     pretrained: an artifact's folder, or with `method` a hub id, a folder, a .gguf file or smollm2.
     selection, k_chunk, compensate, seed: see decdec_core.Compensation.
-    method ("awq", "rtn", or "full" for no quantization), bits, group_size, residual_bits, calibration: how a
-    plain model is quantized; built on first use, then reused.
+    method ("awq", "rtn", "squeezellm", or "full" for no quantization), bits, group_size, clustering,
+    residual_bits, calibration: how a plain model is quantized; built on first use, then reused.
 
     A refused argument raises DecDECError before anything is loaded or built.
     """
@@ -236,7 +236,7 @@ def _resolve(pretrained: str | Path | None, recipe: Mapping[str, Any], others: M
     if method == FULL:
         folder = materialize(source)
         return str(Path(folder).resolve()) if Path(folder).exists() else folder
-    weight = {name: recipe[name] for name in ("method", "bits", "group_size") if name in recipe}
+    weight = {name: recipe[name] for name in ("method", "bits", "group_size", "clustering") if name in recipe}
     residual = ResidualQuant(recipe["residual_bits"]) if "residual_bits" in recipe else ResidualQuant()
     calibration = str(recipe.get("calibration", "auto"))
     return str(cached_artifact(source, WeightQuant(**weight), residual, calibration).resolve())

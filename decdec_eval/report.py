@@ -79,7 +79,7 @@ def table(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
 def _row(run: dict[str, Any], baseline: dict[str, Any] | None) -> dict[str, Any]:
     metrics, ledger = run["metrics"], run.get("ledger") or {}
     compensation = run["configuration"]["compensation"]
-    change, error = _paired(metrics["window_nll"], baseline["metrics"]["window_nll"] if baseline else None)
+    change, error = paired(metrics["window_nll"], baseline["metrics"]["window_nll"] if baseline else None)
     selected = compensation is not None and compensation["selection"] != "none"
     return {
         "selection": _selection(run),
@@ -99,7 +99,7 @@ def _selection(run: dict[str, Any]) -> str:
     return "full" if compensation is None else compensation["selection"]
 
 
-def _paired(values: Sequence[float], baseline: Sequence[float] | None) -> tuple[float | None, float | None]:
+def paired(values: Sequence[float], baseline: Sequence[float] | None) -> tuple[float | None, float | None]:
     """Return the mean difference and its standard error over windows (None for a single window)."""
     if baseline is None:
         return None, None
@@ -112,10 +112,10 @@ def _paired(values: Sequence[float], baseline: Sequence[float] | None) -> tuple[
 def markdown(rows: pd.DataFrame) -> str:
     """Return the table for people: values with the standard errors that bound their digits."""
     head = ("selection", "k_chunk", "perplexity", "change of mean loss, nats", "KB fetched per token")
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     for row in rows.to_dict("records"):
         lines.append(
-            _line(
+            line(
                 [
                     _STYLE[row["selection"]][1],
                     row["k_chunk"],
@@ -130,7 +130,8 @@ def markdown(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _line(cells: Iterable[str]) -> str:
+def line(cells: Iterable[str]) -> str:
+    """Return one line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -150,9 +151,10 @@ def describe(runs: Sequence[dict[str, Any]]) -> str:
     task, quantization = run["configuration"]["task"], run["quantization"]
     windows = "windows" if task["windows"] > 1 else "window"
     weight, residual = quantization["weight"], quantization["residual"]
+    group = "" if weight["group_size"] is None else f" group {weight['group_size']}"
     return (
-        f"{run['configuration']['model']}, {weight['method'].upper()} {weight['bits']}-bit group "
-        f"{weight['group_size']}, {residual['bits']}-bit residual; token perplexity on {task['text']}, "
+        f"{run['configuration']['model']}, {weight['method'].upper()} {weight['bits']}-bit{group}, "
+        f"{residual['bits']}-bit residual; token perplexity on {task['text']}, "
         f"{task['windows']} {windows} of {task['window_length']} tokens ± standard error over windows; "
         f"measured on {run['environment']['hardware']}; change of mean loss is against none, paired; "
         f"calibrated on {quantization['provenance']['calibration']['text']}"
@@ -184,6 +186,11 @@ def draw(rows: pd.DataFrame, caption: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     axes.set_title("\n".join(caption.split("; ")[:2]), fontsize=8)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure, whole or not at all, and close it."""
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=150)
     plt.close(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from decdec_core.build import CalibrationSetup, build_artifact
 from decdec_core.config import ResidualQuant, WeightQuant, total_channels
 from decdec_core.linear import DecLinear
 from decdec_core.ops import Selection
+from decdec_core.packing import pack_codes
+from decdec_core.quantize import CodebookWeight, QuantizedWeight
 from decdec_core.quantize.uniform import quantize
 from decdec_core.residuals import quantize_residual
 
@@ -132,17 +135,44 @@ def draw() -> torch.Generator:
     return torch.Generator().manual_seed(1234)
 
 
+def quantize_to(weight: Tensor, config: WeightQuant) -> QuantizedWeight:
+    """Return `weight` (out, in) in the format of `config`. Codebooks are quantiles: nothing is clustered."""
+    if config.format == "uniform":
+        return quantize(weight, config)
+    bits = int(config.bits)
+    levels = (torch.arange(2**bits) + 0.5) / 2**bits
+    table = weight.quantile(levels, dim=1).T.half()
+    between = (table[:, 1:].float() + table[:, :-1].float()) / 2
+    codes = torch.searchsorted(between, weight).to(torch.uint8)
+    return CodebookWeight(pack_codes(codes, bits), table, weight.shape[1], config)
+
+
+def fill_layer(layer: DecLinear, weight: Tensor, residual_bits: int = 4) -> None:
+    """Give a layer `weight` (out, in), which is of plain inputs, its residual and random extras."""
+    if layer.input_order is not None:
+        layer.input_order = torch.randperm(layer.in_features).int()
+        weight = weight[:, layer.input_order.long()]
+    if layer.input_scale is not None:
+        layer.input_scale = torch.rand(layer.in_features) + 0.5
+        weight = weight * layer.input_scale
+    for name, tensor in quantize_to(weight, layer.config).tensors().items():
+        setattr(layer, name, tensor)
+    layer.residual = quantize_residual(weight - layer.dequantize(), ResidualQuant(residual_bits))
+
+
 def make_layer(
-    in_features: int = 576, out_features: int = 192, bits: int = 3, residual_bits: int = 4
+    in_features: int = 576,
+    out_features: int = 192,
+    bits: int = 3,
+    residual_bits: int = 4,
+    method: str = "rtn",
+    group_size: int | None = None,
+    extras: Collection[str] = (),
 ) -> DecLinear:
     """Return a layer of random weights with its residual and a bias, on the CPU."""
-    config = WeightQuant("rtn", bits)
-    weight = torch.randn(out_features, in_features) * 0.05
-    packed = quantize(weight, config)
-    layer = DecLinear(in_features, out_features, config, bias=True)
-    layer.codes, layer.scales, layer.zeros = packed.codes, packed.scales, packed.zeros
+    layer = DecLinear(in_features, out_features, WeightQuant(method, bits, group_size), True, extras)
+    fill_layer(layer, torch.randn(out_features, in_features) * 0.05, residual_bits)
     layer.bias = torch.randn(out_features)
-    layer.residual = quantize_residual(weight - layer.dequantize(), ResidualQuant(residual_bits))
     return layer
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import CALIBRATION
 
 from decdec_core import build, hf
-from decdec_core.artifact import verify
+from decdec_core.verify import verify
 from decdec_core.config import ResidualQuant, WeightQuant
 
 

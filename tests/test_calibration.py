@@ -2,12 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model
 
-from decdec_core.architectures import decoder_blocks
-from decdec_core.calibration import FIRST_TOKENS, BlockInputs, StatisticsAccumulator, sequences
+from decdec_core.calibration import FIRST_TOKENS, StatisticsAccumulator, sequences
 from decdec_core.config import DecDECError
-from decdec_core.hooks import watching
 
 
 def test_statistics_over_batches_follow_the_definitions(draw: torch.Generator) -> None:
@@ -34,20 +31,3 @@ def test_sequences_are_spread_over_the_text() -> None:
 def test_a_text_that_is_too_short_is_refused() -> None:
     with pytest.raises(DecDECError, match="must hold 4 sequences of 100 tokens, got 399 tokens"):
         sequences(list(range(399)), 4, 100)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@torch.no_grad()
-def test_blocks_one_by_one_give_what_the_model_gives(architecture: str, draw: torch.Generator) -> None:
-    model = tiny_model(architecture)
-    ids = torch.randint(0, 256, (3, 100), generator=draw)  # longer than mistral's window of 64
-    wanted = model(ids, output_hidden_states=True).hidden_states
-    blocks = decoder_blocks(model)
-    inputs = BlockInputs(model, blocks, ids, batch=2)
-    seen: list[torch.Size] = []
-    for name, block in blocks.items():
-        with watching({"x": block.mlp}, lambda _name, x: seen.append(x.shape)):
-            inputs.hidden = inputs.run(name, block)
-    assert len(seen) == 2 * len(blocks)
-    # the model's last hidden state is after its final norm
-    assert torch.allclose(model.model.norm(inputs.hidden), wanted[-1], atol=1e-5)

@@ -66,9 +66,15 @@ def test_unknown_selection_is_refused_with_a_suggestion() -> None:
             "compensate must be one of all, decode, auto, got 'prompt'",
         ),
         (lambda: Compensation(seed=-1), r"seed must be 0\.\.2147483647, got -1"),
-        (lambda: WeightQuant("gptq"), "method must be one of rtn, awq, got 'gptq'"),
-        (lambda: WeightQuant(bits=6), "bits must be one of 2, 3, 4, 5, got 6"),
-        (lambda: WeightQuant(bits=3.0), "bits must be one of 2, 3, 4, 5, got 3.0"),
+        (
+            lambda: WeightQuant("gtpq"),
+            "method must be one of rtn, awq, squeezellm, gptq, compressed-tensors, got 'gtpq'",
+        ),
+        (lambda: WeightQuant(bits=6), "bits must be one of 2, 2.5, 3, 3.5, 4, 4.5, 5, got 6"),
+        (lambda: WeightQuant(bits=3.0), "bits must be one of 2, 2.5, 3, 3.5, 4, 4.5, 5, got 3.0"),
+        (lambda: WeightQuant("squeezellm", group_size=64), "group_size must be absent with squeezellm"),
+        (lambda: WeightQuant("awq", clustering="exact"), "clustering must be absent with awq, got 'exact'"),
+        (lambda: WeightQuant("squeezellm", clustering="kmeans"), "clustering must be one of exact, flash1d"),
         (lambda: WeightQuant(group_size=0), r"group_size must be 8\.\.65536, got 0"),
         (lambda: ResidualQuant(3), "residual_bits must be one of 2, 4, 8, 16, got 3"),
     ],
@@ -79,7 +85,13 @@ def test_refused_values_name_which_wanted_got(make: object, message: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "config", [WeightQuant("rtn", 5, 64), ResidualQuant(8), Compensation("static", "1/2/3/4", "all", 7)]
+    "config",
+    [
+        WeightQuant("rtn", 5, 64),
+        WeightQuant("squeezellm", 3.5, clustering="flash1d"),
+        ResidualQuant(8),
+        Compensation("static", "1/2/3/4", "all", 7),
+    ],
 )
 def test_json_round_trip(config: WeightQuant) -> None:
     assert type(config).from_dict(config.to_dict()) == config
@@ -92,3 +104,16 @@ def test_unknown_key_is_refused_with_a_suggestion() -> None:
 
 def test_suggest_says_nothing_where_nothing_is_near() -> None:
     assert suggest("zzzz", ["dynamic"]) == ""
+
+
+def test_a_weights_format_and_widths() -> None:
+    assert WeightQuant("awq", 3).group_size == 128
+    assert WeightQuant("squeezellm", 3).clustering == "exact"
+    assert [WeightQuant(m).format for m in ("rtn", "gptq", "squeezellm")] == [
+        "uniform",
+        "uniform",
+        "codebook",
+    ]
+    assert WeightQuant("awq", 3).widths == (3,)
+    assert WeightQuant("awq", 3.5).widths == (3, 4)
+    assert WeightQuant("awq", 3.5).at(4) == WeightQuant("awq", 4)

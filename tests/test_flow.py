@@ -10,7 +10,8 @@ from conftest import ARCHITECTURES, CALIBRATION, save_tiny
 from transformers import AutoModelForCausalLM
 
 from decdec_core import kernels
-from decdec_core.artifact import load_host_tensors, verify
+from decdec_core.artifact import load_host_tensors
+from decdec_core.verify import verify
 from decdec_core.build import build_artifact
 from decdec_core.config import Compensation, DecDECError, ResidualQuant, WeightQuant
 from decdec_core.dense import write_dense

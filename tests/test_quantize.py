@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model
+from conftest import ARCHITECTURES, quantize_to, tiny_model
 
 from decdec_core.architectures import decoder_blocks, input_groups
-from decdec_core.calibration import BlockInputs
 from decdec_core.config import DecDECError, WeightQuant
-from decdec_core.quantize import awq, dequantize, quantize
-from decdec_core.quantize.uniform import round_trip
+from decdec_core.packing import pack_codes
+from decdec_core.quantize import CodebookWeight, UniformWeight, awq, weight_layout, weight_of
+from decdec_core.quantize.uniform import quantize, round_trip
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
@@ -16,7 +16,7 @@ from decdec_core.quantize.uniform import round_trip
 def test_error_is_at_most_half_a_step(bits: int, in_features: int, draw: torch.Generator) -> None:
     weight = torch.randn(16, in_features, generator=draw)
     q = quantize(weight, WeightQuant("rtn", bits))
-    decoded = dequantize(q)
+    decoded = q.dequantize()
     steps = q.scales.float().repeat_interleave(128, 1)[:, :in_features]
     # rounding the zero point and the scale (float16) adds up to another half step at the ends of the range
     assert ((decoded - weight).abs() <= 1.01 * steps).all()
@@ -30,19 +30,20 @@ def test_scale_and_zero_follow_the_formula() -> None:
     q = quantize(weight, WeightQuant("rtn", 3))
     assert q.scales.item() == 0.5  # (2.5 + 1) / 7
     assert q.zeros.item() == 2  # round(1 / 0.5)
-    assert torch.equal(dequantize(q), weight)
+    assert torch.equal(q.dequantize(), weight)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -3.0, 1e-6])
 def test_constant_groups_are_exact(value: float) -> None:
     weight = torch.full((2, 130), value)
     # 1e-6 / 7 is a subnormal float16, off by up to 3e-8, and the top code is seven of them
-    assert torch.allclose(dequantize(quantize(weight, WeightQuant("rtn", 3))), weight, rtol=1e-3, atol=2.1e-7)
+    decoded = quantize(weight, WeightQuant("rtn", 3)).dequantize()
+    assert torch.allclose(decoded, weight, rtol=1e-3, atol=2.1e-7)
 
 
 def test_a_group_of_one_sign_is_not_cut_off() -> None:
     weight = torch.linspace(10, 11, 128).unsqueeze(0)
-    assert (dequantize(quantize(weight, WeightQuant("rtn", 3))) - weight).abs().max() < 11 / 7
+    assert (quantize(weight, WeightQuant("rtn", 3)).dequantize() - weight).abs().max() < 11 / 7
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
@@ -56,7 +57,37 @@ def test_weights_that_float16_scales_cannot_hold_are_refused(bad: float) -> None
 def test_round_trip_is_quantize_and_back(draw: torch.Generator) -> None:
     weight = torch.randn(5, 300, generator=draw)
     config = WeightQuant("rtn", 3)
-    assert torch.equal(round_trip(weight, config), dequantize(quantize(weight, config)))
+    assert torch.equal(round_trip(weight, config), quantize(weight, config).dequantize())
+
+
+@pytest.mark.parametrize("in_features", [5, 128, 300])
+def test_one_scale_for_a_whole_row(in_features: int, draw: torch.Generator) -> None:
+    weight = torch.randn(4, in_features, generator=draw)
+    q = quantize(weight, WeightQuant("gptq", 4, 65536))
+    assert q.scales.shape == (4, 1)
+    assert torch.equal(q.dequantize(), quantize(weight, WeightQuant("gptq", 4, in_features + 8)).dequantize())
+    assert ((q.dequantize() - weight).abs() <= 1.01 * q.scales.float()).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("method", ["rtn", "squeezellm"])
+def test_the_layout_is_what_a_weight_holds(method: str, bits: int) -> None:
+    weight, config = torch.randn(7, 300), WeightQuant(method, bits)
+    q = quantize_to(weight, config)
+    tensors = q.tensors()
+    layout = weight_layout(config, 300, 7)
+    assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == layout
+    again = weight_of(config, 300, tensors)
+    assert type(again) is (CodebookWeight if method == "squeezellm" else UniformWeight)
+    assert torch.equal(again.dequantize(), q.dequantize())
+
+
+def test_a_codebook_is_looked_up_by_row() -> None:
+    config = WeightQuant("squeezellm", 2)
+    codes = torch.tensor([[0, 3, 1], [2, 2, 0]], dtype=torch.uint8)
+    table = torch.tensor([[-1.0, 0.0, 0.5, 2.0], [7.0, 8.0, 9.0, 10.0]]).half()
+    weight = CodebookWeight(pack_codes(codes, 2), table, 3, config)
+    assert weight.dequantize().tolist() == [[-1.0, 2.0, 0.0], [9.0, 9.0, 7.0]]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -86,11 +117,9 @@ def test_awq_scales_leave_the_function_as_it_was(architecture: str, draw: torch.
 def test_awq_beats_rounding_on_a_layer_with_outlier_channels(draw: torch.Generator) -> None:
     model = tiny_model("llama")
     ids = torch.randint(0, 256, (4, 64), generator=draw)
-    blocks = decoder_blocks(model)
-    name, block = next(iter(blocks.items()))
-    inputs = BlockInputs(model, blocks, ids, batch=2)
+    block = next(iter(decoder_blocks(model).values()))
     groups = input_groups(model.config)
-    sample = awq.Sample(block, groups, lambda: inputs.run(name, block))
+    sample = awq.Sample(block, groups, lambda: model(ids))
     config = WeightQuant("awq", 3)
     group = groups[2]
     gate = awq.linear_of(block, "mlp.gate_proj").weight.data.clone()

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decdec_core.architectures import InputGroup
-from decdec_core.config import WeightQuant, groups_of
+from decdec_core.config import WeightQuant
 from decdec_core.hooks import recorded_call, watching
-from decdec_core.quantize.uniform import round_trip, round_trip_groups
+from decdec_core.quantize.uniform import grouped_by, round_trip, round_trip_groups
 
 ALPHA_STEPS = 20
 SEARCH_TOKENS = 1024  # at most so many of the sample's tokens, evenly, where a module takes them one by one
@@ -124,13 +124,11 @@ def clip(weight: Tensor, inputs: Tensor, config: WeightQuant) -> Tensor:
     output error on `inputs` (tokens, in): the squared error of the group's own partial product, taken
     from the Gram matrix of its inputs, which holds the same sum without the tokens."""
     out_features, in_features = weight.shape
-    groups = groups_of(in_features, config.group_size)
-    padding = groups * config.group_size - in_features
-    by_group = F.pad(inputs, (0, padding)).view(-1, groups, config.group_size)
+    by_group = grouped_by(inputs, config)
     gram = torch.einsum("tgi,tgj->gij", by_group, by_group)
-    grouped = F.pad(weight.float(), (0, padding)).view(out_features, groups, config.group_size)
+    grouped = grouped_by(weight.float(), config)
     rows = max(1, _CLIP_ELEMENTS // max(1, in_features))
-    parts = [_clip_rows(part, gram, config.bits) for part in grouped.split(rows)]
+    parts = [_clip_rows(part, gram, int(config.bits)) for part in grouped.split(rows)]
     return torch.cat(parts).view(out_features, -1)[:, :in_features]
 
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decdec_core.config import DecDECError, WeightQuant, groups_of
-from decdec_core.packing import pack_codes, unpack_codes
+from decdec_core.packing import pack_codes, packed_words, unpack_codes
 
 SMALLEST_SCALE = 2.0**-24  # the least positive float16: scales are stored in float16
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
-    """A low-bit weight in logical order.
+class UniformWeight:
+    """A low-bit weight of the uniform format in logical order, as on disk.
 
     codes: (out, packed_words) int32. scales: (out, groups) float16. zeros: (out, groups) uint8.
     value[o, i] = (code[o, i] - zero[o, g]) * scale[o, g] with g = i // group_size.
@@ -31,35 +31,50 @@ class QuantizedWeight:
     in_features: int
     config: WeightQuant
 
+    @staticmethod
+    def layout(
+        config: WeightQuant, in_features: int, out_features: int
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape and dtype of each tensor by its name."""
+        groups = groups_of(in_features, _group_size(config))
+        words = packed_words(in_features, int(config.bits))
+        return {
+            "codes": ((out_features, words), torch.int32),
+            "scales": ((out_features, groups), torch.float16),
+            "zeros": ((out_features, groups), torch.uint8),
+        }
 
-def quantize(weight: Tensor, config: WeightQuant) -> QuantizedWeight:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by their names."""
+        return {"codes": self.codes, "scales": self.scales, "zeros": self.zeros}
+
+    def dequantize(self) -> Tensor:
+        """Return the float32 weight (out, in) that the codes stand for."""
+        codes = unpack_codes(self.codes, int(self.config.bits), self.in_features)
+        grouped = grouped_by(codes, self.config).float()
+        values = (grouped - self.zeros.float().unsqueeze(-1)) * self.scales.float().unsqueeze(-1)
+        return values.reshape(codes.shape[0], -1)[:, : self.in_features]
+
+
+def quantize(weight: Tensor, config: WeightQuant) -> UniformWeight:
     """Return `weight` (out, in) rounded to `config.bits` (method.md section 1, RTN).
 
     Raises DecDECError on NaN, infinity, or a magnitude whose scale float16 cannot hold.
     """
-    scales, zeros = _group_parameters(_grouped(weight, config), config.bits)
+    bits = int(config.bits)
+    scales, zeros = _group_parameters(grouped_by(weight, config), bits)
     if not (torch.isfinite(scales).all() and torch.isfinite(weight).all()):
         largest = weight.abs().max().item()
         raise DecDECError(f"weight must be finite with float16 scales, got a largest magnitude of {largest}")
-    codes = _round(_grouped(weight, config), scales.float(), zeros, config.bits)
+    codes = _round(grouped_by(weight, config), scales.float(), zeros, bits)
     codes = codes.reshape(weight.shape[0], -1)[:, : weight.shape[1]].to(torch.uint8)
-    return QuantizedWeight(
-        pack_codes(codes, config.bits), scales, zeros.to(torch.uint8), weight.shape[1], config
-    )
-
-
-def dequantize(q: QuantizedWeight) -> Tensor:
-    """Return the float32 weight (out, in) that the codes stand for: the inverse of `quantize`."""
-    codes = unpack_codes(q.codes, q.config.bits, q.in_features)
-    grouped = _grouped(codes, q.config).float()
-    values = (grouped - q.zeros.float().unsqueeze(-1)) * q.scales.float().unsqueeze(-1)
-    return values.reshape(codes.shape[0], -1)[:, : q.in_features]
+    return UniformWeight(pack_codes(codes, bits), scales, zeros.to(torch.uint8), weight.shape[1], config)
 
 
 def round_trip(weight: Tensor, config: WeightQuant) -> Tensor:
-    """Return dequantize(quantize(weight)) in float32 without packing: the inner step of AWQ's searches."""
-    grouped = _grouped(weight, config)
-    return round_trip_groups(grouped, config.bits).reshape(weight.shape[0], -1)[:, : weight.shape[1]]
+    """Return quantize(weight).dequantize() in float32 without packing: the inner step of AWQ's searches."""
+    rounded = round_trip_groups(grouped_by(weight, config), int(config.bits))
+    return rounded.reshape(weight.shape[0], -1)[:, : weight.shape[1]]
 
 
 def round_trip_groups(grouped: Tensor, bits: int) -> Tensor:
@@ -69,13 +84,18 @@ def round_trip_groups(grouped: Tensor, bits: int) -> Tensor:
     return (_round(grouped, scale, zeros, bits) - zeros.unsqueeze(-1)) * scale.unsqueeze(-1)
 
 
-def _grouped(weight: Tensor, config: WeightQuant) -> Tensor:
+def grouped_by(weight: Tensor, config: WeightQuant) -> Tensor:
     """Return (out, groups, group_size). The ragged last group is padded with zeros, which every range
     covers anyway (see _group_parameters), so the padding changes no scale."""
     out_features, in_features = weight.shape
-    groups = groups_of(in_features, config.group_size)
-    padded = F.pad(weight, (0, groups * config.group_size - in_features))
-    return padded.view(out_features, groups, config.group_size)
+    size = min(_group_size(config), in_features)  # one scale for a whole row is a group as long as the row
+    groups = groups_of(in_features, size)
+    return F.pad(weight, (0, groups * size - in_features)).view(out_features, groups, size)
+
+
+def _group_size(config: WeightQuant) -> int:
+    assert config.group_size is not None, f"{config.method} has no groups"
+    return config.group_size
 
 
 def _group_parameters(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,155 @@
+"""A build killed at any moment goes on where it was, and ends in the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CALIBRATION, save_tiny, with_checkout_first
+
+from decdec_core import artifact, sensitivity, workfolder
+from decdec_core.build import build_artifact
+from decdec_core.config import DecDECError, ResidualQuant, WeightQuant
+from decdec_core.verify import verify
+from decdec_core.workfolder import WorkFolder, work_folder
+
+RECIPES = {
+    "awq": WeightQuant("awq", 3),
+    "squeezellm": WeightQuant("squeezellm", 3),
+    "two widths": WeightQuant("rtn", 3.5),
+    "codebooks of two widths": WeightQuant("squeezellm", 2.5),
+}
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in the build may catch it."""
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama-grouped-tied", tmp_path_factory.mktemp("plain") / "m")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def build(model_dir: Path, out: Path, recipe: WeightQuant) -> Path:
+    return build_artifact(str(model_dir), out, recipe, ResidualQuant(4), CALIBRATION)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the write", "after the write"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_killed_at_every_write(
+    recipe: str, after: bool, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = contents(build(model_dir, tmp_path / "undisturbed", RECIPES[recipe]))
+    write, kills = workfolder.write_tensors, 0
+
+    def attempt(dies_at: int) -> Path:
+        writes = 0
+
+        def dying(path: Path, tensors: Any) -> dict[str, str]:
+            nonlocal writes
+            writes += 1
+            if writes == dies_at and not after:
+                raise Killed
+            digests = write(path, tensors)
+            if writes == dies_at:
+                raise Killed
+            return digests
+
+        for module in (workfolder, sensitivity, artifact):
+            monkeypatch.setattr(module, "write_tensors", dying)
+        return build(model_dir, tmp_path / "killed", RECIPES[recipe])
+
+    while True:  # each attempt dies one write later than the one before it, counted from where it began
+        try:
+            out = attempt(kills + 1)
+            break
+        except Killed:
+            kills += 1
+        assert kills < 30, "the build makes no progress"
+    assert kills > 2
+    assert contents(out) == wanted
+    assert verify(out).tensors
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")], "the work folder is gone"
+
+
+def test_killed_by_a_signal(model_dir: Path, tmp_path: Path) -> None:
+    wanted = contents(build(model_dir, tmp_path / "undisturbed", RECIPES["awq"]))
+    out = tmp_path / "out"
+    options = ["--method", "awq", "--bits", "3", "--calibration", "pydoc", "--out", str(out)]
+    options += ["--calibration-sequences", "4", "--calibration-length", "64"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "decdec_core.cli", "build", "--model", str(model_dir), *options],
+        env={
+            **os.environ,
+            "PYTHONPATH": with_checkout_first(),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        },
+        stderr=subprocess.PIPE,
+    )
+    assert child.stderr is not None
+    seen = b""
+    while b"1/2" not in seen and (
+        more := child.stderr.read1()
+    ):  # the progress bar after the first of two blocks
+        seen += more
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not out.exists()
+    assert (tmp_path / ".out.building" / "3bit" / "block-00000.safetensors").is_file()
+    # awq_sequences is no option of the command line
+    setup = type(CALIBRATION)("pydoc", sequences=4, length=64)
+    resumed = build_artifact(str(model_dir), out, RECIPES["awq"], ResidualQuant(4), setup)
+    undisturbed = build_artifact(str(model_dir), tmp_path / "b", RECIPES["awq"], ResidualQuant(4), setup)
+    assert contents(resumed) == contents(undisturbed)
+    assert contents(resumed).keys() == wanted.keys()
+
+
+def test_work_of_other_settings_is_thrown_away(tmp_path: Path) -> None:
+    def work(settings: dict[str, int], error: BaseException, see: Callable[[WorkFolder], object]) -> None:
+        with work_folder(tmp_path / "out", settings) as folder:
+            see(folder)
+            raise error
+
+    with pytest.raises(Killed):
+        work({"a": 1}, Killed(), lambda folder: folder.save("x", {"t": torch.ones(2)}))
+    found: list[object] = []
+    with pytest.raises(Killed):
+        work({"a": 1}, Killed(), lambda folder: found.append(folder.load("x")["t"].tolist()))
+    with pytest.raises(Killed):
+        work({"a": 2}, Killed(), lambda folder: found.append(folder.has("x")))
+    assert found == [[1, 1], False]
+    with pytest.raises(DecDECError, match="refused"):
+        work({"a": 2}, DecDECError("refused"), lambda folder: None)
+    assert list(tmp_path.iterdir()) == [], "what was refused would be refused again"
+
+
+def test_one_build_at_a_time(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with work_folder(target, {}):
+        with (
+            pytest.raises(DecDECError, match="out must not be built twice at a time, got another"),
+            work_folder(target, {}),
+        ):
+            pass
+        target.mkdir()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(DecDECError, match="must be in a folder that can be written"),
+        work_folder(tmp_path / "file" / "x", {}),
+    ):
+        pass
