@@ -5,6 +5,7 @@ Llama, Mistral, Qwen2 and Qwen3 share one layout; Phi-3 fuses q, k, v and gate, 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from decdec_core.config import DecDECError, suggest
 SPLIT_LAYOUT = ("llama", "mistral", "qwen2", "qwen3")
 FUSED_LAYOUT = ("phi3",)
 SUPPORTED = SPLIT_LAYOUT + FUSED_LAYOUT
+_BLOCKS = "model.layers"
+_BLOCK = re.compile(re.escape(_BLOCKS) + r"\.(\d{1,6})\.")
 _KIND_OF_LEAF = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "qkv"),
     "o_proj": "o",
@@ -101,7 +104,14 @@ def kind_of(module_name: str) -> str:
     return _KIND_OF_LEAF[leaf]
 
 
+def block_number(layer: str) -> int:
+    """Return the number of the decoder block that a layer's full name says; none raises DecDECError."""
+    found = _BLOCK.match(layer)
+    if found is None:
+        raise DecDECError(f"layer must be in a block {_BLOCKS}.N, got {layer!r}")
+    return int(found[1])
+
+
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the decoder blocks of a causal language model by their full names, in order."""
-    prefix = "model.layers"
-    return {f"{prefix}.{i}": block for i, block in enumerate(model.get_submodule(prefix).children())}
+    return {f"{_BLOCKS}.{i}": block for i, block in enumerate(model.get_submodule(_BLOCKS).children())}

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decdec_core.architectures import block_number
 from decdec_core.calibration import ActivationStatistics
-from decdec_core.config import DecDECError, ResidualQuant, WeightQuant
+from decdec_core.config import EXTRAS, DecDECError, ResidualQuant, WeightQuant
 from decdec_core.errors import ArtifactError, ConfigError
 from decdec_core.manifest import (
     CONFIG,
-    EXTRAS,
     FORMAT_VERSION,
     HOST_STEM,
     MANIFEST,
@@ -51,7 +51,6 @@ from decdec_core.shards import TensorFiles, TensorSource, write_tensors
 SHARD_BYTES = 4 << 30
 _STATISTICS = ("rank_max", "mean_square", "mean")
 HOST_SUFFIXES = ("residual.codes", "residual.scale", *(f"calibration.{name}" for name in _STATISTICS))
-_BLOCK = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -99,14 +98,6 @@ def plain_dtype(tensor: Tensor | TensorSource, dtype: torch.dtype) -> torch.dtyp
     """Return the dtype in which a tensor that is not quantized is stored: matrices in the model's `dtype`,
     vectors (norms, biases) in float32."""
     return dtype if len(tensor.shape) > 1 else torch.float32
-
-
-def block_number(layer: str) -> int:
-    """Return the number of the decoder block that a layer's full name says; none raises ArtifactError."""
-    found = _BLOCK.match(layer)
-    if found is None:
-        raise ArtifactError(f"layer must be in a block model.layers.N, got {layer!r}")
-    return int(found[1])
 
 
 @dataclass(frozen=True)

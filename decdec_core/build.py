@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ from decdec_core.calibration import sequences
 from decdec_core.config import DecDECError, ResidualQuant, WeightQuant, require_int
 from decdec_core.importers import open_quantized, require_same_model
 from decdec_core.sensitivity import block_divergences, choose_bits
-from decdec_core.shards import DTYPE_NAMES, FileTensor, MemoryTensor, TensorSource
+from decdec_core.shards import CastTensor, TensorSource
 from decdec_core.streaming import StreamedModel
 from decdec_core.sweeps import Recipe, block_file, quantize_blocks
 from decdec_core.texts import Text, available_text, load_text
@@ -182,7 +181,7 @@ def _assemble(
     tensors: dict[str, TensorSource] = {}
     host: dict[str, TensorSource] = {}
     for name in model.plain_names():
-        tensors[name] = _Cast(
+        tensors[name] = CastTensor(
             model.files.tensors[name], artifact.plain_dtype(model.files.tensors[name], dtype)
         )
     for index in range(len(model.blocks)):
@@ -206,29 +205,3 @@ def _generation_config(folder: Path, model: StreamedModel) -> GenerationConfig:
         return GenerationConfig.from_pretrained(folder)
     except OSError:
         return model.model.generation_config
-
-
-@dataclass(frozen=True)
-class _Cast:
-    """A tensor of a file in another floating dtype, piece by piece."""
-
-    source: FileTensor
-    to: torch.dtype
-
-    @property
-    def dtype(self) -> str:
-        return DTYPE_NAMES[self.to]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.to.itemsize
-
-    def pieces(self) -> Iterator[memoryview]:
-        rows = max(1, (1 << 24) // max(1, self.nbytes // max(1, self.shape[0])))
-        for first in range(0, self.shape[0], rows):
-            part = self.source.rows(first, min(first + rows, self.shape[0]))
-            yield from MemoryTensor(part.to(self.to)).pieces()

@@ -5,6 +5,7 @@ The model is written to disk block by block and built by a process of its own, w
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import re
@@ -12,6 +13,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from decdec_core.architectures import decoder_blocks
+from decdec_core.artifact import index_of
 from decdec_core.build import CalibrationSetup, build_artifact
 from decdec_core.config import ResidualQuant, WeightQuant, require_int, require_one_of
-from decdec_core.shards import MemoryTensor, write_index, write_tensors
+from decdec_core.shards import MemoryTensor, write_tensors
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -152,14 +155,15 @@ def write_random_model(folder: Path, config: Any, seed: int = 0) -> tuple[int, i
     for name, tensor in model.state_dict().items():
         part = next((block for block in blocks if name.startswith(block)), "rest")
         parts.setdefault(part, {})[name] = tensor.shape
-    shards: dict[str, str] = {}
+    shards: dict[str, Mapping[str, Any]] = {}
     for number, shapes in enumerate(parts.values(), 1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
         write_tensors(
             folder / file, {n: MemoryTensor(_random(n, shape, draw)) for n, shape in shapes.items()}
         )
-        shards |= dict.fromkeys(shapes, file)
-    write_index(folder / "model.safetensors.index.json", shards)
+        shards[file] = shapes
+    total = 2 * sum(shape.numel() for shapes in parts.values() for shape in shapes.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_of(total, shards)), "utf-8")
     config.save_pretrained(folder)
     _byte_tokenizer().save_pretrained(folder)
     block, rest = (4 * sum(shape.numel() for shape in parts[part].values()) for part in (blocks[0], "rest"))

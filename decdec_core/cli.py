@@ -14,6 +14,7 @@ from decdec_core.config import (
     AVERAGE_BITS,
     CLUSTERINGS,
     RESIDUAL_BITS,
+    WEIGHT_BITS,
     WEIGHT_METHODS,
     Compensation,
     DecDECError,
@@ -74,12 +75,48 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench_build(
         kinds.add_parser("build", help="a build of a random model: seconds for a block, most memory")
     )
+    _add_bench_clustering(
+        kinds.add_parser("clustering", help="weighted error of squeezellm's two clusterings, layer by layer")
+    )
     _add_bench_forward(kinds.add_parser("forward", help="a forward pass under each selection, on the CPU"))
     _add_bench_kernels(kinds.add_parser("kernels", help="the CUDA kernels, matrix by matrix"))
     _add_bench_prefill(
         kinds.add_parser("prefill", help="passes over many tokens on a GPU, compensated or not")
     )
     return parser
+
+
+def _add_bench_clustering(clustering: argparse.ArgumentParser) -> None:
+    clustering.add_argument("--model", default="smollm2", metavar="SRC")
+    clustering.add_argument("--bits", type=int, default=3, choices=WEIGHT_BITS)
+    clustering.add_argument("--calibration", default="auto", metavar="TEXT")
+    clustering.add_argument("--calibration-sequences", type=int, default=16, metavar="N")
+    clustering.add_argument("--calibration-length", type=int, default=512, metavar="TOKENS")
+    clustering.add_argument("--device", default="cpu")
+    clustering.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    clustering.set_defaults(run=_bench_clustering, parser=clustering)
+
+
+def _bench_clustering(options: argparse.Namespace) -> None:
+    from decdec_core.clustering_bench import clustering_gain
+
+    rows = clustering_gain(
+        options.model,
+        options.bits,
+        options.calibration,
+        options.calibration_sequences,
+        options.calibration_length,
+        options.device,
+    )
+    ratios = [row["flash1d_to_exact"] for row in rows]
+    worst = max(row["flash1d_to_exact_worst_row"] for row in rows)
+    print(
+        f"{options.model}, {options.bits} bits, {len(rows)} layers: weighted error of flash1d over that of exact "
+        f"{sum(ratios) / len(ratios):.4f} in the mean of layers, {max(ratios):.4f} in the worst layer, "
+        f"{worst:.4f} in the worst row"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
 
 def _add_bench_build(build: argparse.ArgumentParser) -> None:

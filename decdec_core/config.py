@@ -20,6 +20,7 @@ WEIGHT_BITS = (2, 3, 4, 5)
 AVERAGE_BITS = (2, 2.5, 3, 3.5, 4, 4.5, 5)  # a half: half of the decoder blocks at a bit more
 CLUSTERINGS = ("exact", "flash1d")
 GROUP_SIZE = 128
+EXTRAS = ("input_order", "input_scale")  # what some layers have, in the order that they act on x
 RESIDUAL_BITS = (2, 4, 8, 16)
 
 

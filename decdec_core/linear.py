@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from decdec_core import ops, prefill, tiles
 from decdec_core.calibration import ActivationStatistics
-from decdec_core.config import WEIGHT_BITS, WeightQuant, require_one_of, total_channels
+from decdec_core.config import EXTRAS, WEIGHT_BITS, WeightQuant, require_one_of, total_channels
 from decdec_core.packing import pack_table
 from decdec_core.quantize import QuantizedWeight, weight_layout, weight_of
 from decdec_core.residuals import QuantizedResidual
 
-EXTRAS = ("input_order", "input_scale")  # buffers that some layers have, in the order that they act on x
 _HALVES = (torch.float16, torch.bfloat16)
 _SUMS_AT_ONCE = 1 << 24  # 64 MB of float32
 _TOKENS_AT_ONCE = 1 << 15  # of one launch of `compensate`

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from decdec_core.config import EXTRAS
 from decdec_core.errors import FormatVersionError, ManifestError, UnsafePathError
 
 FORMAT_VERSION = 2
 QUANT_METHOD = "decdec"
 MANIFEST, CONFIG = "manifest.json", "config.json"
 MODEL_STEM, HOST_STEM = "decdec", "residual"
-EXTRAS = ("input_scale", "input_order")  # what a layer may have beside its weight
 
 
 @dataclass(frozen=True)

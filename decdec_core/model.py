@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +11,11 @@ import torch
 from torch import nn
 
 from decdec_core import kernels
-from decdec_core.architectures import kind_of
+from decdec_core.architectures import block_number, kind_of
 from decdec_core.channels import make_selection
 from decdec_core.config import Compensation, DecDECError, WeightQuant, require_one_of, total_channels
 from decdec_core.linear import DecLinear, Scope
 from decdec_core.prefill import Stage
-
-_BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass
@@ -39,7 +36,7 @@ def replace_linears(
 ) -> None:
     """Put an empty DecLinear in the place of each linear layer named in `layers` (full names).
 
-    The value says which extras the layer has (linear.EXTRAS). block_bits: the bits of each decoder block,
+    The value says which extras the layer has (config.EXTRAS). block_bits: the bits of each decoder block,
     where config.bits is their average. Raises DecDECError for a name that is none, and for bits that are
     missing or not of config.widths.
     """
@@ -57,12 +54,11 @@ def replace_linears(
 
 
 def _bits_of(name: str, config: WeightQuant, block_bits: Sequence[int]) -> int:
-    found = _BLOCK.search(name)
-    if found is None or int(found[1]) >= len(block_bits):
+    number = block_number(name)
+    if number >= len(block_bits):
         raise DecDECError(f"artifact layer {name} must be in one of {len(block_bits)} blocks, got another")
-    bits = block_bits[int(found[1])]
-    require_one_of(f"bits of block {found[1]}", bits, config.widths)
-    return bits
+    require_one_of(f"bits of block {number}", block_bits[number], config.widths)
+    return block_bits[number]
 
 
 def attach(model: nn.Module, compensation: Compensation, artifact_hash: str) -> None:

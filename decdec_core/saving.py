@@ -17,39 +17,16 @@ import torch
 
 from decdec_core import artifact
 from decdec_core.artifact import is_artifact, plain_dtype
-from decdec_core.config import DecDECError
+from decdec_core.config import EXTRAS, DecDECError
 from decdec_core.errors import ArtifactError
 from decdec_core.linear import DecLinear
-from decdec_core.manifest import CONFIG, EXTRAS, MANIFEST, own_files, read_manifest, sha256_of_file
+from decdec_core.manifest import CONFIG, MANIFEST, own_files, read_manifest, sha256_of_file
 from decdec_core.model import dec_layers
 from decdec_core.quantize import weight_layout
-from decdec_core.shards import DTYPE_NAMES, MemoryTensor, TensorSource
+from decdec_core.shards import DTYPE_NAMES, CastTensor, MemoryTensor, TensorSource
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _IGNORED = ("token", "save_peft_format", "save_original_format", "distributed_checkpoint")
-
-
-@dataclass(frozen=True)
-class _Cast:
-    """A plain tensor in the dtype that the artifact stores, cast when it is written."""
-
-    tensor: torch.Tensor
-    to: torch.dtype
-
-    @property
-    def dtype(self) -> str:
-        return DTYPE_NAMES[self.to]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.numel() * self.to.itemsize
-
-    def pieces(self) -> Iterator[memoryview]:
-        return MemoryTensor(self.tensor.detach().to(self.to)).pieces()
 
 
 @dataclass(frozen=True)
@@ -167,7 +144,7 @@ def _gpu_tensors(model: Any) -> dict[str, TensorSource]:
     sources: dict[str, TensorSource] = {}
     for name, parameter in model.named_parameters():
         if name not in tied:
-            sources[name] = _Cast(parameter, plain_dtype(parameter, model.dtype))
+            sources[name] = CastTensor(MemoryTensor(parameter), plain_dtype(parameter, model.dtype))
     for name, layer in layers.items():
         for key, (shape, dtype) in weight_layout(layer.config, layer.in_features, layer.out_features).items():
             sources[f"{name}.{key}"] = _Packed(layer, key, shape, dtype)

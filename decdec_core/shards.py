@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,10 @@ class MemoryTensor:
     def pieces(self) -> Iterator[memoryview]:
         yield _bytes_of(self.tensor.detach().cpu().contiguous())
 
+    def rows(self, first: int, last: int) -> Tensor:
+        """Return rows first..last - 1."""
+        return self.tensor.detach()[first:last]
+
 
 @dataclass(frozen=True)
 class FileTensor:
@@ -120,6 +125,33 @@ class FileTensor:
         for piece in self.pieces():
             digest.update(piece)
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class CastTensor:
+    """A tensor of at least one dimension in another floating dtype, cast some rows at a time."""
+
+    source: FileTensor | MemoryTensor
+    to: torch.dtype
+
+    @property
+    def dtype(self) -> str:
+        return DTYPE_NAMES[self.to]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.to.itemsize
+
+    def pieces(self) -> Iterator[memoryview]:
+        count = self.shape[0]
+        rows = max(1, _PIECE * count // max(1, self.nbytes))
+        for first in range(0, count, rows):
+            part = self.source.rows(first, min(first + rows, count))
+            yield from MemoryTensor(part.to(self.to)).pieces()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -180,12 +212,6 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorSource]) -> dict[str, 
     finally:
         temporary.unlink(missing_ok=True)
     return digests
-
-
-def write_index(path: Path, files: Mapping[str, str]) -> None:
-    """Write Hugging Face's index of sharded tensors: the file of each by its name."""
-    index = {"metadata": {}, "weight_map": dict(sorted(files.items()))}
-    path.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def _width(source: TensorSource) -> int:

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from decdec_core.architectures import decoder_blocks, input_groups, require_supported
-from decdec_core.artifact import HOST_SUFFIXES, Quantization, block_number, index_of, plain_dtype
+from decdec_core.architectures import block_number, decoder_blocks, input_groups, require_supported
+from decdec_core.artifact import HOST_SUFFIXES, Quantization, index_of, plain_dtype
 from decdec_core.config import DecDECError
 from decdec_core.errors import (
     ArtifactError,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import CALIBRATION
 
-from decdec_core import build, hf
+from decdec_core import build, sweeps
+from decdec_core.config import DecDECError, ResidualQuant, WeightQuant
 from decdec_core.verify import verify
-from decdec_core.config import ResidualQuant, WeightQuant
 
 
 @pytest.fixture
@@ -35,27 +34,30 @@ def test_an_artifact_is_built_once_and_again_for_a_changed_model(source: Path, t
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
-def test_a_failed_build_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(build.artifact, "save", fail)
-    with pytest.raises(KeyboardInterrupt):
-        build.cached_artifact(str(source), WeightQuant("rtn", 3), ResidualQuant(4), "pydoc")
-    assert list((tmp_path / "cache" / "artifacts").iterdir()) == []
-
-
-def test_from_a_hub_every_file_of_the_manifest_is_fetched(
-    tiny_artifact_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_build_keeps_its_work_and_a_refused_one_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "models--org--name" / "snapshots" / "abc"
-    folder.mkdir(parents=True)
-    shutil.copy(tiny_artifact_dir / "manifest.json", folder)
-    fetched: set[tuple[object, ...]] = set()
-    monkeypatch.setattr(
-        hf, "cached_file", lambda name, file, **where: fetched.add((name, file, *where.values()))
-    )
-    model = SimpleNamespace(config=SimpleNamespace(name_or_path="org/name", _commit_hash="abc"))
-    assert hf._artifact_folder(model, [str(folder / "model.safetensors")]) == folder  # type: ignore[arg-type]
-    wanted = {p.name for p in tiny_artifact_dir.iterdir()} - {"model.safetensors"}
-    assert fetched == {("org/name", file, "abc", tmp_path) for file in wanted}
+    recipe = WeightQuant("rtn", 3), ResidualQuant(4), "pydoc"
+
+    def left_by(error: BaseException) -> list[str]:
+        def fail(*_arguments: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(build.artifact, "write", fail)
+            with pytest.raises(type(error)):
+                build.cached_artifact(str(source), *recipe)
+        return [path.name for path in (tmp_path / "cache" / "artifacts").iterdir()]
+
+    assert left_by(DecDECError("refused")) == []
+    left = left_by(KeyboardInterrupt())
+    assert sorted(Path(name).suffix for name in left) == [".building", ".lock"]
+    monkeypatch.setattr(sweeps, "quantize", lambda *_: pytest.fail("what was done is done again"))
+    done = build.cached_artifact(str(source), *recipe)
+    assert list((tmp_path / "cache" / "artifacts").iterdir()) == [done]
+
+
+def test_a_device_that_is_none_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(DecDECError, match="device must be one that this torch can use, got 'tpu'"):
+        build.build_artifact(str(source), tmp_path / "b", WeightQuant(), None, CALIBRATION, device="tpu")
+    assert not (tmp_path / "b").exists()

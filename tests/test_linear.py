@@ -11,8 +11,8 @@ from conftest import make_layer, relative_error, selection_of
 from torch import Tensor
 
 from decdec_core import linear, residuals
-from decdec_core.config import DecDECError, WeightQuant
-from decdec_core.linear import EXTRAS, DecLinear
+from decdec_core.config import EXTRAS, DecDECError, WeightQuant
+from decdec_core.linear import DecLinear
 from decdec_core.packing import unpack_table
 from decdec_core.quantize import weight_layout
 
