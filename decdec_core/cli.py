@@ -111,7 +111,7 @@ def _bench_clustering(options: argparse.Namespace) -> None:
     ratios = [row["flash1d_to_exact"] for row in rows]
     worst = max(row["flash1d_to_exact_worst_row"] for row in rows)
     print(
-        f"{options.model}, {options.bits} bits, {len(rows)} layers: weighted error of flash1d over that of exact "
+        f"{options.model}, {options.bits} bits, {len(rows)} layers: weighted error of flash1d over exact "
         f"{sum(ratios) / len(ratios):.4f} in the mean of layers, {max(ratios):.4f} in the worst layer, "
         f"{worst:.4f} in the worst row"
     )

@@ -13,6 +13,9 @@ from decdec_core.config import Compensation, DecDECError
 from decdec_eval.report import line, paired, read_run, save_figure, with_error
 
 _BASE = ["method", "clustering", "bits", "residual_bits"]
+_ORDER = ("none", "random", "static", "dynamic", "exact")
+_MARKER = {"static": "s", "random": "v", "exact": "x"}
+_TICKS = (20, 25, 30, 40, 50, 70, 100, 150, 200, 300, 500, 1000)
 _NAMES = {"rtn": "RTN", "awq": "AWQ", "squeezellm": "SqueezeLLM"}
 _COLOURS = {
     "none": "#999999",
@@ -24,7 +27,8 @@ _COLOURS = {
 
 
 def write_bases(out: Path, paths: Iterable[Path]) -> str:
-    """Write table.md, table.csv and figure.png of the runs in `paths` to the folder `out`; return the table.
+    """Write table.md, table.csv and, where there is something to draw, figure.png of the runs in `paths` to
+    the folder `out`; return the table.
 
     Runs of different models or texts in one table raise DecDECError.
     """
@@ -35,10 +39,8 @@ def write_bases(out: Path, paths: Iterable[Path]) -> str:
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text, "utf-8")
     rows.drop(columns="window_nll").to_csv(out / "table.csv", index=False)
-    draw(rows, out / "figure.png")
-    return (
-        f"\n{text}\nwritten: {', '.join(str(out / name) for name in ('table.md', 'table.csv', 'figure.png'))}"
-    )
+    names = ["table.md", "table.csv"] + (["figure.png"] if draw(rows, out / "figure.png") else [])
+    return f"\n{text}\nwritten: {', '.join(str(out / name) for name in names)}"
 
 
 def _require_comparable(runs: Sequence[dict[str, Any]]) -> None:
@@ -51,9 +53,16 @@ def _require_comparable(runs: Sequence[dict[str, Any]]) -> None:
 
 
 def table(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Return one row per run: its base, what it costs in memory and on disk, its compensation, its loss."""
+    """Return one row per run: its base, what that costs in memory and on disk, its compensation, its loss,
+    and the loss less that of the same base without compensation, paired over windows."""
     rows = pd.DataFrame([_row(run) for run in runs])
-    return rows.sort_values([*_BASE, "selection", "k_chunk"], kind="stable", ignore_index=True)
+    rows = rows.sort_values([*_BASE, "selection", "k_chunk"], kind="stable", ignore_index=True)
+    plain = {tuple(row[key] for key in _BASE): row for row in rows.to_dict("records") if not row["k_chunk"]}
+    changes = []
+    for row in rows.to_dict("records"):
+        baseline = plain.get(tuple(row[key] for key in _BASE))
+        changes.append(paired(row["window_nll"], baseline["window_nll"] if baseline else None))
+    return rows.assign(nll_change=[c for c, _ in changes], nll_change_stderr=[e for _, e in changes])
 
 
 def _row(run: dict[str, Any]) -> dict[str, Any]:
@@ -95,16 +104,21 @@ def describe(runs: Sequence[dict[str, Any]]) -> str:
     """Return the sentence that says what the table is of."""
     task = runs[0]["configuration"]["task"]
     hardware = " and ".join(sorted({run["environment"]["hardware"] for run in runs}))
-    full = [
-        run["metrics"]["token_perplexity"] for run in runs if run["configuration"]["compensation"] is None
-    ]
+    whole = [run for run in runs if run["configuration"]["compensation"] is None]
+    full = f"; full precision {whole[0]['metrics']['token_perplexity']:.2f}" if whole else ""
     return (
         f"{runs[0]['configuration']['model']}: token perplexity on {task['text']}, {task['windows']} windows "
-        f"of {task['window_length']} tokens; full precision {full[0]:.2f}; measured on {hardware}, float32. "
-        "Bits per weight count everything that the quantized layers keep on the GPU; GPU MB the whole model "
-        "there, residual MB host memory, disk MB the artifact's folder. The standard error of a difference "
-        "between two columns is in table.csv's windows, paired, and far below that of a perplexity."
+        f"of {task['window_length']} tokens{full}; measured on {hardware}, float32. Bits per weight count "
+        "everything that the quantized layers keep on the GPU; GPU MB are the whole model there, in float32 "
+        "beside the codes, residual MB host memory, disk MB the artifact's folder. One standard error over "
+        f"windows is about {_relative_error(runs):.0%} of a perplexity; differences between columns, paired "
+        "over windows, are known much better: table.csv has them with their errors, and some are below."
     )
+
+
+def _relative_error(runs: Sequence[dict[str, Any]]) -> float:
+    errors = [run["metrics"]["token_perplexity_stderr"] / run["metrics"]["token_perplexity"] for run in runs]
+    return sum(errors) / len(errors)
 
 
 def markdown(rows: pd.DataFrame) -> str:
@@ -127,8 +141,7 @@ def markdown(rows: pd.DataFrame) -> str:
 
 
 def _column_order(column: pd.Series) -> pd.Series:
-    order = ("none", "random", "static", "dynamic", "exact")
-    return column.map(order.index) if column.name == "selection" else column
+    return column.map(_ORDER.index) if column.name == "selection" else column
 
 
 def _base_name(key: Sequence[Any]) -> str:
@@ -159,41 +172,85 @@ def crossings(runs: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(lines)
 
 
-def draw(rows: pd.DataFrame, path: Path) -> None:
-    """Write perplexity against bits per weight, a panel per method, a line per k_chunk."""
-    quantized = rows[
-        (rows.method != "full") & (rows.residual_bits == rows.residual_bits.where(rows.bits > 0).mode()[0])
-    ]
+def draw(rows: pd.DataFrame, path: Path) -> bool:
+    """Write the figure that the rows have: perplexity against bytes fetched where residuals of several widths
+    are compared, else against bits per weight; return False where there is but one of each."""
+    quantized = rows[rows.method != "full"]
+    full = rows[rows.method == "full"].perplexity
+    if quantized.residual_bits.nunique() > 1:
+        _draw_bytes(quantized, full, path)
+    elif quantized.bits.nunique() > 1:
+        _draw_bits(quantized, full, path)
+    else:
+        return False
+    return True
+
+
+def _draw_bits(quantized: pd.DataFrame, full: pd.Series, path: Path) -> None:
     methods = list(dict.fromkeys(quantized.method))
     figure, panels = plt.subplots(
-        1, len(methods), figsize=(4.2 * len(methods), 4.2), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(methods),
+        figsize=(3.6 * len(methods) + 1.6, 4.2),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axes, method in zip(panels[0], methods, strict=True):
         part = quantized[quantized.method == method]
-        for (selection, k_chunk), group in part.groupby(["selection", "k_chunk"]):
-            ordered = group.sort_values("bits_per_weight")
-            shade = 1.0 if selection == "none" else 0.35 + 0.65 * min(1.0, k_chunk / 128) ** 0.4
+        curves = part.groupby(["selection", "k_chunk"])
+        for selection, k_chunk in sorted(curves.groups, key=lambda key: (_ORDER.index(key[0]), key[1])):
+            ordered = curves.get_group((selection, k_chunk)).sort_values("bits_per_weight")
             axes.plot(
                 ordered.bits_per_weight,
                 ordered.perplexity,
-                marker="o" if selection != "static" else "s",
+                marker=_MARKER.get(selection, "o"),
                 linestyle="--" if selection == "none" else "-",
                 markersize=4,
-                color=_COLOURS[str(selection)],
-                alpha=shade,
+                color=_COLOURS[selection],
+                alpha=1.0 if selection == "none" else 0.3 + 0.7 * min(1.0, k_chunk / 128) ** 0.5,
                 label="none" if selection == "none" else f"{selection} {k_chunk}",
             )
-        for level in rows[rows.method == "full"].perplexity:
-            axes.axhline(
-                level, color="black", linewidth=1, linestyle=":", label=f"full precision ({level:.1f})"
-            )
-        axes.set_title(_NAMES.get(method, method))
-        axes.set_xlabel("bits per weight on the GPU")
-        axes.set_yscale("log")
-        axes.set_yticks([20, 25, 30, 35, 40, 50, 60, 80, 100, 150, 200, 300])
-        axes.get_yaxis().set_major_formatter("{x:g}")
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
+        _finish(axes, full, part.perplexity, _NAMES.get(method, method), "bits per weight on the GPU")
     panels[0][0].set_ylabel("token perplexity (lower is better)")
-    panels[0][-1].legend(fontsize=7)
+    panels[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
     save_figure(figure, path)
+
+
+def _draw_bytes(quantized: pd.DataFrame, full: pd.Series, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    compensated = quantized[quantized.selection == "dynamic"]
+    for colour, (bits, group) in zip(_COLOURS.values(), compensated.groupby("residual_bits"), strict=False):
+        ordered = group.sort_values("bytes_per_token")
+        axes.plot(
+            ordered.bytes_per_token / 1e3,
+            ordered.perplexity,
+            marker="o",
+            color=colour,
+            label=f"{bits}-bit residual",
+        )
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    label = "KB fetched per token (dynamic selection)"
+    _finish(axes, full, compensated.perplexity, _title(quantized), label)
+    axes.set_ylabel("token perplexity (lower is better)")
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def _title(quantized: pd.DataFrame) -> str:
+    pairs = quantized[["method", "bits"]].drop_duplicates().itertuples(index=False)
+    return ", ".join(f"{_NAMES.get(method, method)} {bits:g} bits" for method, bits in pairs)
+
+
+def _finish(axes: Any, full: pd.Series, values: pd.Series, title: str, label: str) -> None:
+    for level in full:
+        axes.axhline(level, color="black", linewidth=1, linestyle=":", label=f"full precision ({level:.1f})")
+    axes.set_title(title)
+    axes.set_xlabel(label)
+    axes.set_yscale("log")
+    axes.set_yticks([t for t in _TICKS if t <= max(values.max(), *axes.get_ylim())])
+    axes.get_yaxis().set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)

@@ -100,7 +100,7 @@ def _selection(run: dict[str, Any]) -> str:
 
 
 def paired(values: Sequence[float], baseline: Sequence[float] | None) -> tuple[float | None, float | None]:
-    """Return the mean difference and its standard error over windows (None for a single window)."""
+    """Return the mean difference and its standard error over windows (None for one window or no baseline)."""
     if baseline is None:
         return None, None
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
