@@ -66,6 +66,7 @@ def build_artifact(
     source, the checkpoint or the calibration text cannot be had.
     """
     sources.require_absent(out)
+    config = sources.load_config(source)  # refuses architectures that are not supported
     checkpoint = open_quantized(quantized) if quantized is not None else None
     if checkpoint is not None and weight_quant is not None:
         raise DecDECError(f"weight_quant must be absent with a quantized checkpoint, got {weight_quant}")
@@ -89,7 +90,7 @@ def build_artifact(
     with work_folder(out, plan, wait=shared) as work:
         if shared and out.is_dir():
             return out
-        model = StreamedModel(folder, sources.load_config(source), _usable(device))
+        model = StreamedModel(folder, config, _usable(device))
         if checkpoint is not None:
             require_same_model(model.config, model.files, checkpoint)
         quantize_blocks(model, work, token_ids, recipe)

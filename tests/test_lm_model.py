@@ -84,8 +84,8 @@ def test_refused_before_loading(tiny_artifact_dir: Path, arguments: dict[str, An
 
 REFUSED_FOR_A_PLAIN_MODEL = [
     ({}, "plain model with method=awq, rtn or full: .* is a folder without an artifact"),
-    ({"method": "gptq"}, "method must be one of rtn, awq, full, got 'gptq'"),
-    ({"method": "awq", "bits": 7}, "bits must be one of 2, 3, 4, 5, got 7"),
+    ({"method": "gptq"}, "method must be one of rtn, awq, squeezellm, full, got 'gptq'"),
+    ({"method": "awq", "bits": 7}, "bits must be one of 2, 2.5, 3, 3.5, 4, 4.5, 5, got 7"),
     ({"method": "awq", "residual_bits": 3}, "residual_bits must be one of 2, 4, 8, 16, got 3"),
     ({"method": "awq", "revision": "v2"}, "revision must be absent with method=awq, got 'v2'"),
     (
