@@ -22,8 +22,11 @@ from decdec_core.shards import CastTensor, TensorSource
 from decdec_core.streaming import StreamedModel
 from decdec_core.sweeps import Recipe, block_file, quantize_blocks
 from decdec_core.texts import Text, available_text, load_text
-from decdec_core.workfolder import WorkFolder, work_folder
+from decdec_core.verify import verify
+from decdec_core.workfolder import WorkFolder, forget_finished, publish, work_folder
 
+_ROWS = 4096  # of a tensor, looked at together
+_DETERMINING_PACKAGES = ("torch", "transformers", "numpy", "numba", "flash1dkmeans")
 RECIPE_VERSION = 1  # raised by every change after which the same settings build other tensors
 
 
@@ -65,6 +68,7 @@ def build_artifact(
     build goes on at the block it was in. Raises DecDECError where `out` exists or cannot be written, or the
     source, the checkpoint or the calibration text cannot be had.
     """
+    forget_finished(out)
     sources.require_absent(out)
     config = sources.load_config(source)  # refuses architectures that are not supported
     checkpoint = open_quantized(quantized) if quantized is not None else None
@@ -79,9 +83,8 @@ def build_artifact(
         checkpoint,
     )
     plan = {
-        **_determining(source, recipe, setup, text),
-        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
-        "device": device,
+        **_determining(source, recipe, setup, text, device),
+        "versions": {name: version(name) for name in _DETERMINING_PACKAGES},
         "shard_bytes": shard_bytes,
     }
     folder = sources.model_folder(source)
@@ -93,6 +96,7 @@ def build_artifact(
         model = StreamedModel(folder, config, _usable(device))
         if checkpoint is not None:
             require_same_model(model.config, model.files, checkpoint)
+        _require_buildable(model, recipe.weight)
         quantize_blocks(model, work, token_ids, recipe)
         bits = _block_bits(model, work, token_ids[: setup.sensitivity_sequences], recipe.weight)
         provenance = {
@@ -100,10 +104,11 @@ def build_artifact(
             "calibration": {**asdict(setup), "text": text.name, "text_sha256": text.sha256},
             "quantized": checkpoint.description if checkpoint is not None else None,
         }
-        finished = work.fresh_folder("artifact")
+        finished = work.fresh_folder()
         _assemble(finished, folder, model, tokenizer, work, recipe, bits, provenance, shard_bytes)
         sources.require_absent(out)
-        finished.rename(out)
+        verify(finished)
+        publish(work, finished, out)
     return out
 
 
@@ -116,11 +121,11 @@ def cached_artifact(
 ) -> Path:
     """Return the artifact of `source` from the cache, built first where it is not there yet.
 
-    A changed model, calibration text, setting or recipe is another artifact.
+    A changed model, calibration text, setting, recipe or kind of device is another artifact.
     """
     setup = CalibrationSetup(text=available_text("calibration") if calibration == "auto" else calibration)
     recipe = Recipe(weight_quant, residual_quant, setup.awq_sequences)
-    determining = _determining(source, recipe, setup, load_text(setup.text, "calibration"))
+    determining = _determining(source, recipe, setup, load_text(setup.text, "calibration"), device)
     key = hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()[:12]
     stem = Path(source).name.removesuffix(".gguf")
     name = f"{stem}-{weight_quant.method}{weight_quant.bits}-r{residual_quant.bits}-{key}"
@@ -130,7 +135,9 @@ def cached_artifact(
     return folder
 
 
-def _determining(source: str, recipe: Recipe, setup: CalibrationSetup, text: Text) -> dict[str, Any]:
+def _determining(
+    source: str, recipe: Recipe, setup: CalibrationSetup, text: Text, device: str
+) -> dict[str, Any]:
     """Return everything that decides what is built, as JSON types."""
     checkpoint = recipe.checkpoint
     return {
@@ -142,17 +149,35 @@ def _determining(source: str, recipe: Recipe, setup: CalibrationSetup, text: Tex
         "residual": recipe.residual.to_dict(),
         "calibration": asdict(setup),
         "quantized": sources.fingerprint(str(checkpoint.folder)) if checkpoint is not None else None,
+        "device": _usable(device).type,
     }
 
 
 def _usable(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
+        if chosen.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         first = str(error).partition("\n")[0]
         raise DecDECError(f"device must be one that this torch can use, got {device!r}: {first}") from None
     return chosen
+
+
+def _require_buildable(model: StreamedModel, config: WeightQuant) -> None:
+    """Raise DecDECError, before the long work, for what would be refused at its end."""
+    if len(config.widths) > len(model.blocks):
+        raise DecDECError(
+            f"bits must be whole for a model of {len(model.blocks)} decoder block, got {config.bits}"
+        )
+    for name in model.plain_names():
+        tensor = model.files.tensors.get(name)
+        if tensor is None:
+            raise DecDECError(f"tensor {name} must be in the model's files, got none")
+        for first in range(0, tensor.shape[0], _ROWS):
+            if not torch.isfinite(tensor.rows(first, min(first + _ROWS, tensor.shape[0]))).all():
+                raise DecDECError(f"tensor {name} of the model must be finite, got NaN or infinity")
 
 
 def _block_bits(

@@ -71,12 +71,12 @@ class BuildCost:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, what the build may take, and the time of all blocks of the real model."""
         real = SHAPES[self.shapes]["num_hidden_layers"]
-        median = statistics.median(self.seconds)
         return {
             **asdict(self),
             "allowed_bytes": 2 * self.block_bytes + self.embedding_bytes + _SPARE,
-            "median_seconds": median,
-            "projected_seconds": median * real * len(self.seconds) / self.blocks,
+            "median_seconds": statistics.median(self.seconds),
+            # the rest of a build, assembling and hashing, grows with the blocks as well
+            "projected_seconds": self.total_seconds * real / self.blocks,
             "projected_blocks": real,
         }
 

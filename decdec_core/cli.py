@@ -35,11 +35,14 @@ def run_command(command: Callable[[], object]) -> int:
     """Return 0 after running `command`, or 2 after printing what it refused as one line."""
     try:
         command()
-    except DecDECError as error:
+    except (DecDECError, OSError) as error:  # such as a full disk
         if os.environ.get("DECDEC_TRACEBACK"):
             raise
         print(f"decdec: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("decdec: interrupted: the same command goes on where a build was", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -93,7 +96,7 @@ def _add_bench_clustering(clustering: argparse.ArgumentParser) -> None:
     clustering.add_argument("--calibration-sequences", type=int, default=16, metavar="N")
     clustering.add_argument("--calibration-length", type=int, default=512, metavar="TOKENS")
     clustering.add_argument("--device", default="cpu")
-    clustering.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    clustering.add_argument("--json", type=json_file, metavar="FILE", help="write the rows there too")
     clustering.set_defaults(run=_bench_clustering, parser=clustering)
 
 
@@ -128,7 +131,7 @@ def _add_bench_build(build: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--folder", type=Path, default=Path(), help="where there is room for it (default here)"
     )
-    build.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    build.add_argument("--json", type=json_file, metavar="FILE", help="write the figures there too")
     build.set_defaults(run=_bench_build, parser=build)
 
 
@@ -162,7 +165,7 @@ def _add_bench_kernels(kernels: argparse.ArgumentParser) -> None:
     kernels.add_argument("--k-chunk", type=int, nargs="+", default=[8], metavar="K")
     kernels.add_argument("--selections", nargs="+", default=["dynamic"], metavar="SELECTION")
     kernels.add_argument("--tokens", type=int, default=1)
-    kernels.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    kernels.add_argument("--json", type=json_file, metavar="FILE", help="write the rows there too")
     kernels.add_argument("--plot", type=Path, metavar="FILE", help="draw time against k_chunk there")
     kernels.set_defaults(run=_bench_kernels, parser=kernels)
 
@@ -180,7 +183,7 @@ def _add_bench_prefill(prefill: argparse.ArgumentParser) -> None:
     prefill.add_argument(
         "--selections", nargs="+", default=["none", "static", "dynamic", "exact"], metavar="SELECTION"
     )
-    prefill.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    prefill.add_argument("--json", type=json_file, metavar="FILE", help="write the rows there too")
     prefill.set_defaults(run=_bench_prefill, parser=prefill)
 
 
@@ -191,7 +194,7 @@ def _add_bench_forward(forward: argparse.ArgumentParser) -> None:
     forward.add_argument("--k-chunk", default="16")
     forward.add_argument("--tokens", type=int, default=2048)
     forward.add_argument("--repeats", type=int, default=5)
-    forward.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    forward.add_argument("--json", type=json_file, metavar="FILE", help="write the rows there too")
     forward.set_defaults(run=_bench_forward, parser=forward)
 
 
@@ -201,7 +204,6 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bits",
         type=bits_of,
-        choices=AVERAGE_BITS,
         metavar="BITS",
         help="2 to 5 (default 3); 2.5, 3.5, 4.5: half of the decoder blocks have a bit more",
     )
@@ -220,9 +222,19 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
 
 
 def bits_of(text: str) -> int | float:
-    """Return "3" as 3 and "3.5" as 3.5; anything else raises ValueError."""
-    value = float(text)
-    return int(value) if value == int(value) else value
+    """Return "3" as 3 and "3.5" as 3.5; anything that is none of AVERAGE_BITS is refused."""
+    for bits in AVERAGE_BITS:
+        if text == str(bits):
+            return bits
+    raise argparse.ArgumentTypeError(f"must be one of {', '.join(map(str, AVERAGE_BITS))}, got {text!r}")
+
+
+def json_file(text: str) -> Path:
+    """Return the path of a file that is to be written; one in no folder is refused before the work begins."""
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
+    return path
 
 
 def quantization_of(options: argparse.Namespace) -> tuple[WeightQuant, ResidualQuant]:
@@ -269,28 +281,36 @@ def _build(options: argparse.Namespace) -> None:
         options.quantized,
         options.device,
     )
-    _verify(argparse.Namespace(directory=out))
+    _print_summary(out)
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from decdec_core.artifact import Quantization
-    from decdec_core.manifest import CONFIG, HOST_STEM, MODEL_STEM
     from decdec_core.verify import verify
 
-    manifest = verify(options.directory)
+    verify(options.directory)
+    _print_summary(options.directory)
+
+
+def _print_summary(directory: Path) -> None:
+    from decdec_core.artifact import Quantization
+    from decdec_core.manifest import CONFIG, HOST_STEM, MODEL_STEM, read_manifest
+
+    manifest = read_manifest(directory)
     sizes = [
-        sum((options.directory / file).stat().st_size for file in manifest.shards(stem)) / 1e6
+        sum((directory / file).stat().st_size for file in manifest.shards(stem)) / 1e6
         for stem in (MODEL_STEM, HOST_STEM)
     ]
-    config = json.loads((options.directory / CONFIG).read_text("utf-8"))
+    config = json.loads((directory / CONFIG).read_text("utf-8"))
     quantization = Quantization.from_dict(config["quantization_config"])
+    widths = quantization.block_bits or ()
+    mean = f" (mean of blocks {sum(widths) / len(widths):.2f})" if widths else ""
     print(
-        f"{options.directory}: {len(manifest.tensors)} tensors as in the manifest, "
+        f"{directory}: {len(manifest.tensors)} tensors as in the manifest, "
         f"{len(manifest.layers())} quantized layers, {quantization.weight.method} {quantization.weight.bits} "
-        f"bits, model {sizes[0]:.1f} MB, residual {sizes[1]:.1f} MB, artifact {manifest.hash[:12]}"
+        f"bits{mean}, model {sizes[0]:.1f} MB, residual {sizes[1]:.1f} MB, artifact {manifest.hash[:12]}"
     )
-    for bits in quantization.weight.widths if quantization.block_bits else ():
-        blocks = [str(index) for index, width in enumerate(quantization.block_bits or ()) if width == bits]
+    for bits in sorted(set(widths)):
+        blocks = [str(index) for index, width in enumerate(widths) if width == bits]
         print(f"{bits} bits in blocks {' '.join(blocks)}")
 
 

@@ -74,7 +74,7 @@ def save_pretrained(
 def _bytes_of(size: int | str) -> int:
     found = re.fullmatch(r"(\d+)\s*([KMGT]B)?", str(size).strip().upper())
     if found is None or int(found[1]) == 0:
-        raise DecDECError(f"max_shard_size must be a number of bytes or such as '5GB', got {size!r}")
+        raise DecDECError(f"max_shard_size must be a positive number of bytes or such as '5GB', got {size!r}")
     return int(found[1]) * _UNITS[found[2] or ""]
 
 

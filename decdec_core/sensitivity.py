@@ -11,8 +11,7 @@ single block is quantized, at the lower or at the higher width:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from decdec_core.artifact import is_host_tensor
 from decdec_core.config import WeightQuant
 from decdec_core.quantize import weight_layout, weight_of
-from decdec_core.shards import FileTensor, MemoryTensor, TensorSource, write_tensors
+from decdec_core.shards import ComputedTensor, MemoryTensor, TensorSource
 from decdec_core.streaming import StreamedModel
 from decdec_core.sweeps import block_file
 from decdec_core.workfolder import WorkFolder
@@ -76,52 +76,32 @@ def _carry_variants(model: StreamedModel, work: WorkFolder, token_ids: Tensor, c
     count = len(model.blocks)
     first = next((i for i in range(count, 0, -1) if work.has(_state(i))), 0)
     if first == 0:
-        work.save(_state(0), {_FULL: model.embed(token_ids)})
+        embedded = torch.cat(list(model.embed(token_ids)))
+        work.save(_state(0), {_FULL: embedded})
     bar = tqdm(total=count, initial=first, desc="measuring sensitivity", unit="block")
     for index in range(first, count):
         before = work.files(_state(index))
         with model.block(index) as block:
             after: dict[str, TensorSource] = {
-                name: _Computed(tensor.shape, partial(_run_stored, model, index, block, tensor))
+                name: ComputedTensor(tensor.shape, partial(model.run_stored, index, block, tensor))
                 for name, tensor in before.items()
             }
             for bits in config.widths:
                 after[_variant(bits, index)] = MemoryTensor(
                     _run_quantized(model, work, index, config.at(bits), before[_FULL].read())
                 )
-            write_tensors(work.path(_state(index + 1)), after)
+            work.save(_state(index + 1), after)
         work.drop(_state(index))
         bar.update()
     bar.close()
-
-
-@dataclass(frozen=True)
-class _Computed:
-    """A float32 tensor made when it is written, so that one of many is in memory at a time."""
-
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
-    dtype: str = "F32"
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * torch.Size(self.shape).numel()
-
-    def pieces(self) -> Iterator[memoryview]:
-        yield from MemoryTensor(self.make()).pieces()
-
-
-def _run_stored(model: StreamedModel, index: int, block: nn.Module, hidden: FileTensor) -> Tensor:
-    return model.run(index, block, hidden.read())
 
 
 def _run_quantized(
     model: StreamedModel, work: WorkFolder, index: int, config: WeightQuant, hidden: Tensor
 ) -> Tensor:
     """Return the outputs of block `index` quantized to the whole bits of `config`."""
-    tensors = work.load(block_file(int(config.bits), index))
-    prefix = f"{model.blocks[index]}."
-    stored = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    prefix, files = f"{model.blocks[index]}.", work.files(block_file(int(config.bits), index))
+    stored = {n.removeprefix(prefix): t.read() for n, t in files.items() if not is_host_tensor(n)}
     with model.block(index) as block:
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear) and f"{name}.codes" in stored:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,6 +125,26 @@ class FileTensor:
         for piece in self.pieces():
             digest.update(piece)
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ComputedTensor:
+    """A float32 tensor that is made while it is written; `make` yields it some rows at a time."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], Iterable[Tensor]]
+
+    @property
+    def dtype(self) -> str:
+        return DTYPE_NAMES[torch.float32]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * torch.float32.itemsize
+
+    def pieces(self) -> Iterator[memoryview]:
+        for part in self.make():
+            yield from MemoryTensor(part).pieces()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from decdec_core.architectures import require_supported
@@ -60,7 +61,9 @@ def _one_line(source: str) -> Iterator[None]:
     """Turn what transformers says of a model that cannot be had into one line."""
     try:
         yield
-    except OSError as error:
+    except DecDECError:
+        raise
+    except Exception as error:  # OSError mostly; of broken files whatever reads them raises
         first = str(error).strip().partition("\n")[0]
         raise DecDECError(f"model must be one that can be loaded, got {source}: {first}") from None
 
@@ -170,6 +173,9 @@ def save_plain(model: PreTrainedModel, tokenizer: Any, folder: Path, shared: boo
     plain.tie_weights()
     plain.generation_config = model.generation_config
     with written_whole(folder, shared) as temporary:
-        plain.save_pretrained(temporary)
+        try:
+            plain.save_pretrained(temporary)
+        except SafetensorError as error:  # such as a full disk
+            raise DecDECError(f"{folder} must be in a folder that can be written, got {error}") from None
         tokenizer.save_pretrained(temporary)
     return folder

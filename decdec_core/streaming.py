@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from decdec_core.architectures import decoder_blocks
 from decdec_core.config import DecDECError
-from decdec_core.shards import TensorFiles
+from decdec_core.shards import FileTensor, TensorFiles
 
 _BATCH = 8  # sequences that go through a block at once
 
@@ -54,9 +54,11 @@ class StreamedModel:
         inside = tuple(f"{name}." for name in self.blocks)
         return [n for n in self.model.state_dict() if n not in tied and not n.startswith(inside)]
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """Return the first block's input (sequences, tokens, hidden) float32 on the CPU."""
-        return nn.functional.embedding(token_ids, self.files.read(self.embedding_name)).float()
+    def embed(self, token_ids: Tensor) -> Iterator[Tensor]:
+        """Yield the first block's input (sequences, tokens, hidden) float32 on the CPU, a batch at a time."""
+        weight = self.files.read(self.embedding_name)
+        for ids in token_ids.split(_BATCH):
+            yield nn.functional.embedding(ids, weight).float()
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -85,6 +87,12 @@ class StreamedModel:
         """Return the outputs of `block`, the `index`-th, for `hidden` (sequences, tokens, hidden)."""
         parts = [self.call(index, block, part.to(self.device)).cpu() for part in hidden.split(batch)]
         return torch.cat(parts)
+
+    def run_stored(self, index: int, block: nn.Module, hidden: FileTensor) -> Iterator[Tensor]:
+        """Yield what `run` returns of hidden states in a file, a batch of sequences at a time."""
+        count = hidden.shape[0]
+        for first in range(0, count, _BATCH):
+            yield self.run(index, block, hidden.rows(first, min(first + _BATCH, count)))
 
     def call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Return the block's outputs for a batch on its device, as part of a graph where there is one."""

@@ -10,29 +10,38 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from decdec_core.architectures import InputGroup, input_groups
 from decdec_core.artifact import BuiltLayer, host_tensors, layer_tensors
 from decdec_core.calibration import ActivationStatistics, StatisticsAccumulator
-from decdec_core.config import ResidualQuant, WeightQuant
+from decdec_core.config import DecDECError, ResidualQuant, WeightQuant
 from decdec_core.hooks import watching
-from decdec_core.importers import QuantizedCheckpoint, recovered_scales, require_near
+from decdec_core.importers import (
+    QuantizedCheckpoint,
+    recovered_scales,
+    require_near,
+    require_same_plain,
+)
 from decdec_core.quantize import QuantizedWeight, awq
 from decdec_core.quantize.awq import linear_of
 from decdec_core.quantize.squeezellm import quantize_codebook
 from decdec_core.quantize.uniform import quantize
 from decdec_core.residuals import quantize_residual
+from decdec_core.shards import ComputedTensor, FileTensor
 from decdec_core.streaming import StreamedModel
 from decdec_core.workfolder import WorkFolder
 
+_HIDDEN = "hidden"  # the one tensor of a set of hidden states, or of gradients in them
 _log = logging.getLogger(__name__)
 # of a linear layer: its full name, its group, its full-precision weight -> low-bit weight, order of inputs
 _Quantize = Callable[[str, InputGroup, Tensor], tuple[QuantizedWeight, Tensor | None]]
@@ -72,44 +81,54 @@ def forward_sweep(
     it put out. Under AWQ, and where imported weights are scaled, the block is scaled as well: the function
     that it computes stays the same up to float rounding."""
     bits = int(config.bits)
-    state = f"{bits}bit/hidden"
-    count = len(model.blocks)
+    state, count = f"{bits}bit/hidden", len(model.blocks)
     first = _reached(work, state, count)
-    hidden = work.load(f"{state}-{first:05}")["hidden"] if first else model.embed(token_ids)
+    if first == 0:
+        work.save(_at(state, 0), {_HIDDEN: _embedded(model, token_ids)})
     for index in _progress(range(first, count), f"quantizing to {bits} bits", count, first):
         with _timed(index), model.block(index) as block:
-            tensors, hidden = _quantize_block(model, index, block, hidden, recipe, config)
+            hidden = work.files(_at(state, index))[_HIDDEN]
+
+            def run(hidden: FileTensor = hidden, index: int = index, block: nn.Module = block) -> None:
+                outputs = ComputedTensor(hidden.shape, partial(model.run_stored, index, block, hidden))
+                work.save(f"{state}-next", {_HIDDEN: outputs})
+
+            tensors = _quantize_block(model, index, block, hidden, recipe, config, run)
             work.save(block_file(bits, index), tensors)
-            _advance(work, state, index, index + 1, hidden)
+            work.rename(f"{state}-next", _at(state, index + 1))
+            work.drop(_at(state, index))
 
 
 def _quantize_block(
     model: StreamedModel,
     index: int,
     block: nn.Module,
-    hidden: Tensor,
+    hidden: FileTensor,
     recipe: Recipe,
     config: WeightQuant,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the block's tensors as an artifact has them, and its outputs."""
-    name, groups = model.blocks[index], input_groups(model.config)
+    run: Callable[[], None],
+) -> dict[str, Tensor]:
+    """Return the block's tensors as an artifact has them. run: a pass of all its inputs `hidden`."""
+    name, groups, checkpoint = model.blocks[index], input_groups(model.config), recipe.checkpoint
     kept: dict[str, Tensor | None] = {}
     samples: dict[str, Tensor] = {}
-    if recipe.checkpoint is not None:
-        scales = recovered_scales(block, name, groups, recipe.checkpoint)
+    if checkpoint is not None:
+        scales = recovered_scales(block, name, groups, checkpoint)
         kept = {g.kind: _apply_scale(block, g, s) for g in groups if (s := scales.get(g.kind)) is not None}
+        require_same_plain(name, block, groups, scales, checkpoint)
     elif config.method == "awq":
-        sample = awq.Sample(block, groups, lambda: model.run(index, block, hidden[: recipe.awq_sequences]))
+        few = hidden.rows(0, min(recipe.awq_sequences, hidden.shape[0]))
+        sample = awq.Sample(block, groups, lambda: model.run(index, block, few))
         found = {group.kind: awq.search_scale(block, group, sample, config) for group in groups}
         kept = {group.kind: _apply_scale(block, group, found[group.kind]) for group in groups}
         samples = {group.kind: sample.inputs(group.kind) / found[group.kind] for group in groups}
     sums = _accumulators(block, groups)
     with _observing(block, groups, sums):
-        outputs = model.run(index, block, hidden)
+        run()
 
     def make(full_name: str, group: InputGroup, weight: Tensor) -> tuple[QuantizedWeight, Tensor | None]:
-        if recipe.checkpoint is not None:
-            imported = recipe.checkpoint.layer(full_name)
+        if checkpoint is not None:
+            imported = checkpoint.layer(full_name)
             order = imported.input_order
             ordered = weight if order is None else weight[:, order.long()]
             require_near(full_name, ordered.cpu(), imported.weight.dequantize(), int(config.bits))
@@ -118,7 +137,7 @@ def _quantize_block(
         return quantize(awq.clip(weight, samples[group.kind], config) if clipped else weight, config), None
 
     statistics = {kind: accumulator.result() for kind, accumulator in sums.items()}
-    return _built_tensors(name, block, groups, statistics, kept, recipe.residual, make), outputs
+    return _built_tensors(name, block, groups, statistics, kept, recipe.residual, make)
 
 
 def _apply_scale(block: nn.Module, group: InputGroup, scale: Tensor) -> Tensor | None:
@@ -146,25 +165,29 @@ class FisherBlock:
 def fisher_blocks(model: StreamedModel, work: WorkFolder, token_ids: Tensor) -> Iterator[FisherBlock]:
     """Yield the decoder blocks from the last to the first; what has been yielded before a kill is not again.
     token_ids: (sequences, tokens)."""
-    count = len(model.blocks)
-    start = next((i for i in range(count + 1) if work.has(f"fisher/gradient-{i:05}")), None)
+    count, state = len(model.blocks), "fisher/gradient"
+    start = next((i for i in range(count + 1) if work.has(_at(state, i))), None)
     if start is None:
         _keep_hidden(model, work, token_ids)
-        last = work.load(f"fisher/hidden-{count:05}")["hidden"]
-        _advance(work, "fisher/gradient", None, count, _loss_gradient(model, last, token_ids))
+        last = work.files(_at("fisher/hidden", count))[_HIDDEN]
+        with model.head() as head:
+            gradients = partial(_loss_gradients, model, head, last, token_ids)
+            work.save(_at(state, count), {_HIDDEN: ComputedTensor(last.shape, gradients)})
         start = count
-    flowing = work.load(f"fisher/gradient-{start:05}")["hidden"]
     for index in _progress(range(start - 1, -1, -1), "quantizing, last block first", count, count - start):
         with _timed(index), model.block(index) as block:
-            hidden = work.load(f"fisher/hidden-{index:05}")["hidden"]
+            hidden = work.files(_at("fisher/hidden", index))[_HIDDEN]
+            flowing = work.files(_at(state, index + 1))[_HIDDEN]
             groups = input_groups(model.config)
             sums, fisher = _accumulators(block, groups), dict[str, Tensor]()
+            into = partial(_backward, model, index, block, hidden, flowing, fisher)
             with _observing(block, groups, sums):
-                flowing = _backward(model, index, block, hidden, flowing, fisher)
+                work.save(f"{state}-next", {_HIDDEN: ComputedTensor(hidden.shape, into)})
             statistics = {kind: accumulator.result() for kind, accumulator in sums.items()}
             yield FisherBlock(index, block, statistics, fisher)
-            _advance(work, "fisher/gradient", index + 1, index, flowing)
-            work.drop(f"fisher/hidden-{index + 1:05}")
+            work.rename(f"{state}-next", _at(state, index))
+            work.drop(_at(state, index + 1))
+            work.drop(_at("fisher/hidden", index + 1))
 
 
 def fisher_sweep(model: StreamedModel, work: WorkFolder, token_ids: Tensor, recipe: Recipe) -> None:
@@ -187,26 +210,26 @@ def fisher_sweep(model: StreamedModel, work: WorkFolder, token_ids: Tensor, reci
 @torch.no_grad()
 def _keep_hidden(model: StreamedModel, work: WorkFolder, token_ids: Tensor) -> None:
     """Put the input of every block, and the last one's output, into the work folder."""
-    count = len(model.blocks)
-    first = _reached(work, "fisher/hidden", count)
-    hidden = work.load(f"fisher/hidden-{first:05}")["hidden"] if first else model.embed(token_ids)
-    work.save(f"fisher/hidden-{first:05}", {"hidden": hidden})
+    count, state = len(model.blocks), "fisher/hidden"
+    first = _reached(work, state, count)
+    if first == 0:
+        work.save(_at(state, 0), {_HIDDEN: _embedded(model, token_ids)})
     for index in _progress(range(first, count), "running forward", count, first):
         with model.block(index) as block:
-            hidden = model.run(index, block, hidden)
-            work.save(f"fisher/hidden-{index + 1:05}", {"hidden": hidden})
+            hidden = work.files(_at(state, index))[_HIDDEN]
+            outputs = ComputedTensor(hidden.shape, partial(model.run_stored, index, block, hidden))
+            work.save(_at(state, index + 1), {_HIDDEN: outputs})
 
 
 @torch.enable_grad()
-def _loss_gradient(model: StreamedModel, hidden: Tensor, token_ids: Tensor) -> Tensor:
-    """Return the gradient of each sequence's mean next-token loss in `hidden`, the last block's outputs."""
-    gradients = torch.empty_like(hidden)
-    with model.head() as head:
-        for row, (one, ids) in enumerate(zip(hidden, token_ids, strict=True)):
-            leaf = one[None].to(model.device).requires_grad_()
-            loss = F.cross_entropy(head(leaf)[0, :-1], ids[1:].to(model.device))
-            gradients[row] = torch.autograd.grad(loss, leaf)[0][0].cpu()
-    return gradients
+def _loss_gradients(
+    model: StreamedModel, head: nn.Module, hidden: FileTensor, token_ids: Tensor
+) -> Iterator[Tensor]:
+    """Yield the gradient of each sequence's mean next-token loss in `hidden`, the last block's outputs."""
+    for row, ids in enumerate(token_ids):
+        leaf = hidden.rows(row, row + 1).to(model.device).requires_grad_()
+        loss = F.cross_entropy(head(leaf)[0, :-1], ids[1:].to(model.device))
+        yield torch.autograd.grad(loss, leaf)[0]
 
 
 @torch.enable_grad()
@@ -214,32 +237,31 @@ def _backward(
     model: StreamedModel,
     index: int,
     block: nn.Module,
-    hidden: Tensor,
-    gradient: Tensor,
+    hidden: FileTensor,
+    gradient: FileTensor,
     fisher: dict[str, Tensor],
-) -> Tensor:
-    """Return the gradient in the block's inputs `hidden` of a loss with `gradient` in its outputs; put the
-    mean over sequences of the squared gradient of each linear layer's weight into `fisher`."""
-    groups = input_groups(model.config)
-    for name in (name for group in groups for name in group.linears):
+) -> Iterator[Tensor]:
+    """Yield, sequence by sequence, the gradient in the block's inputs `hidden` of a loss with `gradient` in
+    its outputs; put the mean of the squared gradient of each linear layer's weight into `fisher`."""
+    count = hidden.shape[0]
+    for name in (name for group in input_groups(model.config) for name in group.linears):
         weight = linear_of(block, name).weight
-        full_name = f"{model.blocks[index]}.{name}"
-        fisher[full_name] = torch.zeros_like(weight)
+        total = fisher[f"{model.blocks[index]}.{name}"] = torch.zeros_like(weight)
 
-        def accumulate(parameter: Tensor, total: Tensor = fisher[full_name]) -> None:
+        def accumulate(parameter: Tensor, total: Tensor = total) -> None:
             assert parameter.grad is not None
-            total.addcmul_(parameter.grad, parameter.grad, value=1 / len(hidden))
+            total.addcmul_(parameter.grad, parameter.grad, value=1 / count)
             parameter.grad = None
 
         weight.requires_grad_().register_post_accumulate_grad_hook(accumulate)
-    into = torch.empty_like(gradient)
-    for row in range(len(hidden)):
-        leaf = hidden[row : row + 1].to(model.device).requires_grad_()
-        model.call(index, block, leaf).backward(gradient[row : row + 1].to(model.device))
+    for row in range(count):
+        leaf = hidden.rows(row, row + 1).to(model.device).requires_grad_()
+        # the fused kernels' backward adds up in any order: a resumed build would end in other bytes
+        with sdpa_kernel(SDPBackend.MATH) if leaf.is_cuda else nullcontext():
+            model.call(index, block, leaf).backward(gradient.rows(row, row + 1).to(model.device))
         assert leaf.grad is not None
-        into[row] = leaf.grad[0].cpu()
+        yield leaf.grad
     block.requires_grad_(False)
-    return into
 
 
 @torch.no_grad()
@@ -259,7 +281,11 @@ def _built_tensors(
         for linear in group.linears:
             full_name = f"{name}.{linear}"
             weight = linear_of(block, linear).weight.data.float()
-            low_bit, order = make(full_name, group, weight)
+            try:
+                low_bit, order = make(full_name, group, weight)
+            except DecDECError as error:
+                named = full_name in str(error)
+                raise error if named else DecDECError(f"layer {full_name}: {error}") from None
             ordered = weight if order is None else weight[:, order.long()]
             residual = quantize_residual(ordered - low_bit.dequantize().to(weight.device), residual_quant)
             seen = statistics[group.kind]
@@ -282,13 +308,16 @@ def _observing(block: nn.Module, groups: list[InputGroup], sums: dict[str, Stati
 
 def _reached(work: WorkFolder, state: str, count: int) -> int:
     """Return the last position whose hidden states are in the work folder, else 0."""
-    return next((i for i in range(count, 0, -1) if work.has(f"{state}-{i:05}")), 0)
+    return next((i for i in range(count, 0, -1) if work.has(_at(state, i))), 0)
 
 
-def _advance(work: WorkFolder, state: str, before: int | None, after: int, hidden: Tensor) -> None:
-    work.save(f"{state}-{after:05}", {"hidden": hidden})
-    if before is not None:
-        work.drop(f"{state}-{before:05}")
+def _embedded(model: StreamedModel, token_ids: Tensor) -> ComputedTensor:
+    shape = (*token_ids.shape, model.config.hidden_size)
+    return ComputedTensor(shape, partial(model.embed, token_ids))
+
+
+def _at(state: str, index: int) -> str:
+    return f"{state}-{index:05}"
 
 
 def _progress(indices: Iterable[int], label: str, total: int, done: int) -> Iterator[int]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from decdec_core.build import cached_artifact
 from decdec_core.cli import OneLineParser, bits_of, run_command
 from decdec_core.config import (
-    AVERAGE_BITS,
     CHUNK,
     CLUSTERINGS,
     RESIDUAL_BITS,
@@ -117,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     if options.only_report:
         paths: Iterable[Path] = sorted((options.out / "runs").glob("*.json"))
+        if not paths:
+            raise DecDECError(f"out must be a folder with runs/*.json, got {options.out} without any")
     else:
         require_int("windows", options.windows, 1, 1 << 20)
         paths = run_all(options)
@@ -127,9 +128,7 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(prog="python -m decdec_eval.bases", description=__doc__)
     parser.add_argument("--model", default="smollm2", help="a hub id, a folder, a .gguf file, or smollm2")
     parser.add_argument("--methods", nargs="+", default=list(WEIGHT_METHODS), choices=WEIGHT_METHODS)
-    parser.add_argument(
-        "--bits", nargs="+", type=bits_of, default=[3, 3.5, 4, 5], choices=AVERAGE_BITS, metavar="BITS"
-    )
+    parser.add_argument("--bits", nargs="+", type=bits_of, default=[3, 3.5, 4, 5], metavar="BITS")
     parser.add_argument("--residual-bits", nargs="+", type=int, default=[4], choices=RESIDUAL_BITS)
     parser.add_argument("--clusterings", nargs="+", default=[CLUSTERINGS[0]], choices=CLUSTERINGS)
     parser.add_argument("--calibration", default="auto", help="wikitext2, pydoc, or a text file")

@@ -16,6 +16,8 @@ _BASE = ["method", "clustering", "bits", "residual_bits"]
 _ORDER = ("none", "random", "static", "dynamic", "exact")
 _MARKER = {"static": "s", "random": "v", "exact": "x"}
 _TICKS = (20, 25, 30, 40, 50, 70, 100, 150, 200, 300, 500, 1000)
+_EXACT = {"clustering": "exact"}
+_NEAR = 0.1  # of the bytes, where channels come in whole numbers
 _NAMES = {"rtn": "RTN", "awq": "AWQ", "squeezellm": "SqueezeLLM"}
 _COLOURS = {
     "none": "#999999",
@@ -35,7 +37,10 @@ def write_bases(out: Path, paths: Iterable[Path]) -> str:
     runs = [read_run(path) for path in paths]
     _require_comparable(runs)
     rows = table(runs)
-    text = f"{describe(runs)}\n\n{markdown(rows)}\n\n{crossings(runs)}\n"
+    parts = [describe(runs), markdown(rows), *crossings(rows), *clustering_gains(rows)]
+    if rows[rows.method != "full"].residual_bits.nunique() > 1:
+        parts.append("\n".join(equal_bytes(rows)).strip())
+    text = "\n\n".join(parts) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text, "utf-8")
     rows.drop(columns="window_nll").to_csv(out / "table.csv", index=False)
@@ -109,10 +114,11 @@ def describe(runs: Sequence[dict[str, Any]]) -> str:
     return (
         f"{runs[0]['configuration']['model']}: token perplexity on {task['text']}, {task['windows']} windows "
         f"of {task['window_length']} tokens{full}; measured on {hardware}, float32. Bits per weight count "
-        "everything that the quantized layers keep on the GPU; GPU MB are the whole model there, in float32 "
-        "beside the codes, residual MB host memory, disk MB the artifact's folder. One standard error over "
-        f"windows is about {_relative_error(runs):.0%} of a perplexity; differences between columns, paired "
-        "over windows, are known much better: table.csv has them with their errors, and some are below."
+        "what the artifact has of the quantized layers for the GPU: codes, scales, zeros or tables, input "
+        "scales; weights MB the whole model with embeddings in float32, residual MB host memory, disk MB the "
+        f"folder. One standard error over windows is about {_relative_error(runs):.0%} of a perplexity; "
+        "differences between columns, paired over windows, are known much better: table.csv has them with "
+        "their errors, and some are below."
     )
 
 
@@ -126,7 +132,7 @@ def markdown(rows: pd.DataFrame) -> str:
     quantized = rows[rows.method != "full"]
     columns = quantized[["selection", "k_chunk"]].drop_duplicates()
     columns = columns.sort_values(["selection", "k_chunk"], key=_column_order)
-    head = ["base", "bits", "bits per weight", "GPU MB", "residual MB", "disk MB"]
+    head = ["base", "bits", "bits per weight", "weights MB", "residual MB", "disk MB"]
     head += [s if s == "none" else f"{s} {k}" for s, k in columns.itertuples(index=False)]
     lines = [line(head), line(["---"] * len(head))]
     for key, group in quantized.groupby(_BASE, sort=False):
@@ -150,26 +156,75 @@ def _base_name(key: Sequence[Any]) -> str:
     return " ".join([word for word in words if word] + ([f"r{residual_bits}"] if residual_bits != 4 else []))
 
 
-def crossings(runs: Sequence[dict[str, Any]]) -> str:
-    """Return, for each base of whole bits, how each k_chunk compares with half a bit more and none: the
-    change of mean loss in nats, paired over windows, negative where compensation is better."""
-    rows = table(runs)
+def crossings(rows: pd.DataFrame) -> list[str]:
+    """Return, for each base, how each k_chunk of dynamic selection compares with half a bit more of the same
+    and none: the change of mean loss in nats, paired over windows, negative where compensation is better."""
     lines = []
-    for (method, bits), group in rows[rows.method != "full"].groupby(["method", "bits"], sort=False):
-        plain = rows[(rows.method == method) & (rows.bits == bits + 0.5) & (rows.selection == "none")]
+    for key, group in rows[rows.method != "full"].groupby(_BASE, sort=False):
+        base = dict(zip(_BASE, key, strict=True))
+        against = _losses(rows, base | {"bits": base["bits"] + 0.5, "selection": "none"})
         dynamic = group[group.selection == "dynamic"]
-        if plain.empty or dynamic.empty:
-            continue
-        against = plain.iloc[0].window_nll
-        changes = [
-            f"k_chunk {row.k_chunk}: {with_error(*paired(row.window_nll, against))}"
-            for row in dynamic.itertuples()
+        if against is not None and len(dynamic):
+            changes = [
+                f"k_chunk {row.k_chunk}: {with_error(*paired(row.window_nll, against))}"
+                for row in dynamic.itertuples()
+            ]
+            lines.append(
+                f"{_base_name(key)} {base['bits']:g} bits with dynamic compensation against "
+                f"{base['bits'] + 0.5:g} without, nats: {'; '.join(changes)}."
+            )
+    return lines
+
+
+def clustering_gains(rows: pd.DataFrame) -> list[str]:
+    """Return how the optimal clustering compares with the heuristic one under each compensation."""
+    lines = []
+    heuristic = rows[rows.clustering == "flash1d"]
+    for row in heuristic.sort_values(["selection", "k_chunk"], key=_column_order).to_dict("records"):
+        other = _losses(rows, {**{key: row[key] for key in (*_BASE, "selection", "k_chunk")}, **_EXACT})
+        if other is not None:
+            name = row["selection"] if row["selection"] == "none" else f"{row['selection']} {row['k_chunk']}"
+            lines.append(
+                f"Optimal less heuristic clustering, {row['bits']:g} bits, {name}, nats: "
+                f"{with_error(*paired(other, row['window_nll']))}."
+            )
+    return lines
+
+
+def equal_bytes(rows: pd.DataFrame) -> list[str]:
+    """Return a table of residuals of several widths under dynamic selection: the loss less that of the 4-bit
+    residual that fetches as many bytes per token, to 10 %; cells without one stay empty."""
+    dynamic = rows[(rows.selection == "dynamic") & (rows.method != "full")]
+    widths = sorted(set(dynamic.residual_bits) - {4})
+    lines = []
+    for key, group in dynamic.groupby(["method", "clustering", "bits"], sort=False):
+        lines += [
+            "",
+            f"{_NAMES.get(key[0], key[0])} {key[2]:g} bits, loss less that of the 4-bit residual, nats:",
+            "",
         ]
-        lines.append(
-            f"{_NAMES.get(method, method)} {bits:g} bits with dynamic compensation against {bits + 0.5:g} "
-            f"without, nats: {'; '.join(changes)}."
-        )
-    return "\n\n".join(lines)
+        lines += [line(["KB per token", *(f"{bits}-bit residual" for bits in widths)])]
+        lines += [line(["---"] * (len(widths) + 1))]
+        for four in group[group.residual_bits == 4].sort_values("bytes_per_token").itertuples():
+            cells = [f"{four.bytes_per_token / 1e3:.0f}"]
+            for bits in widths:
+                near = group[
+                    (group.residual_bits == bits)
+                    & ((group.bytes_per_token / four.bytes_per_token - 1).abs() <= _NEAR)
+                ]
+                cells.append(
+                    with_error(*paired(near.iloc[0].window_nll, four.window_nll)) if len(near) else ""
+                )
+            lines.append(line(cells))
+    return lines
+
+
+def _losses(rows: pd.DataFrame, wanted: dict[str, Any]) -> list[float] | None:
+    """Return the windows' losses of the run with these values, or None where there is none."""
+    found = rows
+    for name, value in wanted.items():
+        found = found[found[name] == value]
+    return found.iloc[0].window_nll if len(found) else None
 
 
 def draw(rows: pd.DataFrame, path: Path) -> bool:
@@ -199,6 +254,8 @@ def _draw_bits(quantized: pd.DataFrame, full: pd.Series, path: Path) -> None:
     )
     for axes, method in zip(panels[0], methods, strict=True):
         part = quantized[quantized.method == method]
+        # one clustering: the figure is of bits
+        part = part[part.clustering.isin(["", "exact"])]
         curves = part.groupby(["selection", "k_chunk"])
         for selection, k_chunk in sorted(curves.groups, key=lambda key: (_ORDER.index(key[0]), key[1])):
             ordered = curves.get_group((selection, k_chunk)).sort_values("bits_per_weight")
@@ -212,7 +269,7 @@ def _draw_bits(quantized: pd.DataFrame, full: pd.Series, path: Path) -> None:
                 alpha=1.0 if selection == "none" else 0.3 + 0.7 * min(1.0, k_chunk / 128) ** 0.5,
                 label="none" if selection == "none" else f"{selection} {k_chunk}",
             )
-        _finish(axes, full, part.perplexity, _NAMES.get(method, method), "bits per weight on the GPU")
+        _finish(axes, full, part.perplexity, _NAMES.get(method, method), "bits per weight")
     panels[0][0].set_ylabel("token perplexity (lower is better)")
     panels[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
     save_figure(figure, path)

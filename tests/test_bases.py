@@ -72,7 +72,7 @@ def test_equal_bytes_are_equal(arguments: list[str], tmp_path: Path) -> None:
         (["--k-chunk", "2", "--residual-bits", "16", "--equal-bytes"], "got 0.5 for 2"),
         (["--selections", "dinamic"], "did you mean 'dynamic'?"),
         (["--windows", "0"], "windows must be 1..1048576, got 0"),
-        (["--only-report"], "report must have at least one run, got none"),
+        (["--only-report"], "out must be a folder with runs/*.json, got"),
     ],
 )
 def test_bad_arguments_cost_one_line(

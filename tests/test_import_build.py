@@ -14,6 +14,7 @@ from checkpoint_writers import (
     fold_scales,
     gptq_settings,
     gptq_tensors,
+    rewrite,
     rounded,
     write_checkpoint,
     write_compressed,
@@ -57,6 +58,7 @@ def compressed(folder: Path, model: PreTrainedModel) -> None:
     write_compressed(folder, model, args)
 
 
+QK_NORM = "model.layers.1.self_attn.q_norm.weight"
 WRITERS = {f.__name__: f for f in (gptq, gptq_act_order, awq, awq_folded, compressed)}
 
 
@@ -137,7 +139,7 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     gptq(tmp_path / "other", other)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp"):
         build_artifact(str(plain), tmp_path / "out", None, None, CALIBRATION, tmp_path / "other")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "plain", "theirs"]
+    assert not (tmp_path / "out").exists()
     with pytest.raises(DecDECError, match="weight_quant must be absent with a quantized checkpoint"):
         build_artifact(str(plain), tmp_path / "out", WeightQuant(), None, CALIBRATION, tmp_path / "theirs")
 
@@ -150,3 +152,52 @@ def test_the_tokenizer_is_the_originals(tmp_path: Path) -> None:
     assert json.loads((out / "tokenizer.json").read_text()) == json.loads(
         byte_tokenizer().backend_tokenizer.to_str()
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[QK_NORM].mul_(3), r"self_attn\.q_norm\.weight must be the original's to rounding"),
+        (lambda t: t.pop(QK_NORM), r"self_attn\.q_norm\.weight must be in the checkpoint, got none"),
+    ],
+)
+def test_what_is_not_quantized_must_be_the_originals(change: Any, message: str, tmp_path: Path) -> None:
+    plain = save_tiny("qwen3", tmp_path / "plain")
+    gptq(tmp_path / "theirs", tiny_model("qwen3"))
+    rewrite(tmp_path / "theirs", change)
+    with pytest.raises(CheckpointError, match=message):
+        build_artifact(str(plain), tmp_path / "out", None, None, CALIBRATION, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.15, 0.5])
+def test_a_scale_that_cannot_be_recovered_is_refused(spread: float, tmp_path: Path) -> None:
+    # under grouped queries one row of the value projection feeds several columns of o
+    plain = save_tiny("llama-grouped-tied", tmp_path / "plain")
+    model = tiny_model("llama-grouped-tied")
+    for block in model.model.layers:
+        scale = (torch.randn(2, 32) * spread).exp()
+        block.self_attn.v_proj.weight.data /= scale.reshape(-1, 1)
+        block.self_attn.o_proj.weight.data *= scale.repeat_interleave(2, 0).reshape(-1)
+    gptq(tmp_path / "theirs", model)
+    with pytest.raises(CheckpointError, match="must be a quantization of the original's weight to 4 bits"):
+        build_artifact(str(plain), tmp_path / "out", None, None, CALIBRATION, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "x"},
+        {"num_attention_heads": 0},
+        {"hidden_act": "absent"},
+        {"num_hidden_layers": 10**12},
+        {"num_hidden_layers": None},
+    ],
+    ids=str,
+)
+def test_a_config_that_describes_no_model_costs_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    gptq(tmp_path / "theirs", tiny_model("llama"))
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DecDECError) as caught:
+        open_quantized(tmp_path / "theirs")
+    assert len(str(caught.value).splitlines()) == 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,11 @@ import pytest
 import torch
 from conftest import CALIBRATION, save_tiny, with_checkout_first
 
-from decdec_core import artifact, sensitivity, workfolder
+from decdec_core import artifact, workfolder
 from decdec_core.build import build_artifact
 from decdec_core.config import DecDECError, ResidualQuant, WeightQuant
 from decdec_core.verify import verify
-from decdec_core.workfolder import WorkFolder, work_folder
+from decdec_core.workfolder import DamagedWorkError, WorkFolder, work_folder
 
 RECIPES = {
     "awq": WeightQuant("awq", 3),
@@ -66,7 +69,7 @@ def test_killed_at_every_write(
                 raise Killed
             return digests
 
-        for module in (workfolder, sensitivity, artifact):
+        for module in (workfolder, artifact):
             monkeypatch.setattr(module, "write_tensors", dying)
         return build(model_dir, tmp_path / "killed", RECIPES[recipe])
 
@@ -153,3 +156,82 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         work_folder(tmp_path / "file" / "x", {}),
     ):
         pass
+
+
+def test_a_refusal_after_long_work_keeps_it(tmp_path: Path) -> None:
+    def work(see: Callable[[WorkFolder], object]) -> None:
+        with work_folder(tmp_path / "out", {}) as folder:
+            see(folder)
+            raise DecDECError("refused")
+
+    with pytest.raises(DecDECError, match="refused"):
+        work(lambda folder: folder.save("x", {"t": torch.ones(2)}))
+    with pytest.raises(DecDECError, match="refused"):
+        work(lambda folder: folder.load("x"))
+
+
+def test_damaged_work_is_thrown_away_and_the_next_build_is_whole(model_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def dying(*_arguments: object) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkFolder, "drop", dying)  # after the first block
+        with pytest.raises(Killed):
+            build(model_dir, out, RECIPES["awq"])
+    hidden = tmp_path / ".out.building" / "3bit" / "hidden-00001.safetensors"
+    hidden.write_bytes(hidden.read_bytes()[:100])
+    with pytest.raises(DamagedWorkError, match="work on the way must be whole"):
+        build(model_dir, out, RECIPES["awq"])
+    assert contents(build(model_dir, out, RECIPES["awq"])) == contents(
+        build(model_dir, tmp_path / "b", RECIPES["awq"])
+    )
+
+
+def test_killed_between_the_last_rename_and_the_end(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying(*_arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workfolder, "_forget", dying)
+        with pytest.raises(Killed):
+            build(model_dir, tmp_path / "out", RECIPES["awq"])
+    assert verify(tmp_path / "out").tensors
+    assert (tmp_path / ".out.building").is_dir()
+    with pytest.raises(DecDECError, match="out must be a folder that does not exist yet"):
+        build(model_dir, tmp_path / "out", RECIPES["awq"])
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_waiting_build_does_not_share_the_folder_with_a_newcomer(tmp_path: Path) -> None:
+    # the first refuses and removes the lock's file while a second waits for it; then a third comes
+    target, inside, most = tmp_path / "out", [0], [0]
+    entered, release = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with contextlib.suppress(DecDECError), work_folder(target, {}):
+            entered.set()
+            release.wait(10)
+            raise DecDECError("refused")
+
+    def waiting() -> None:
+        with work_folder(target, {}, wait=True):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.2)
+            inside[0] -= 1
+
+    threads = [threading.Thread(target=first)]
+    threads[0].start()
+    assert entered.wait(10)
+    threads += [threading.Thread(target=waiting) for _ in range(2)]
+    threads[1].start()
+    time.sleep(0.2)
+    release.set()
+    threads[2].start()
+    for thread in threads:
+        thread.join(20)
+    assert most == [1]

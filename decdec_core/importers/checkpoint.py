@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from decdec_core.architectures import SUPPORTED, decoder_blocks, input_groups
-from decdec_core.config import WeightQuant, require_one_of
+from decdec_core.config import DecDECError, WeightQuant, require_int, require_one_of
 from decdec_core.importers.layouts import (
     AwqLayout,
     CheckpointError,
@@ -38,6 +38,7 @@ _LAYOUTS: dict[str, type[GptqLayout] | type[AwqLayout] | type[CompressedLayout]]
 }
 # beside config.json, where the first quantizers wrote their settings, and whose they are unless they say
 _SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_MOST_BLOCKS = 10_000  # a model of more is none
 _CODES = (".qweight", ".weight_packed")  # the tensors that a quantized layer is known by
 
 
@@ -148,8 +149,17 @@ def open_quantized(folder: str | Path) -> QuantizedCheckpoint:
         "quantization_config": settings,
         "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
     }
-    config, files = load_config(str(folder)), _tensor_files(folder)
-    return QuantizedCheckpoint(folder, config, layout, files, description)
+    require_int("num_hidden_layers", model_settings.get("num_hidden_layers"), 1, _MOST_BLOCKS)
+    files = _tensor_files(folder)
+    try:
+        return QuantizedCheckpoint(folder, load_config(str(folder)), layout, files, description)
+    except DecDECError:
+        raise
+    except Exception as error:  # whatever transformers makes of odd values
+        first = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{folder / 'config.json'} must describe a model, got {type(error).__name__}: {first}"
+        ) from None
 
 
 def _settings(folder: Path, model_settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +180,7 @@ def _settings(folder: Path, model_settings: Mapping[str, Any]) -> dict[str, Any]
 def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} must be JSON, got {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must be a JSON object, got {type(values).__name__}")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from decdec_core.architectures import InputGroup
 from decdec_core.importers.checkpoint import QuantizedCheckpoint
 from decdec_core.importers.layouts import CheckpointError
 from decdec_core.shards import TensorFiles
 
-_SHAPE_SETTINGS = (
+_SETTINGS = (
     "model_type",
     "vocab_size",
     "hidden_size",
@@ -20,6 +22,9 @@ _SHAPE_SETTINGS = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
 )
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _ROWS = 4096  # of a tensor, compared at once
@@ -29,13 +34,13 @@ _ROWS = 4096  # of a tensor, compared at once
 # bits, and 0.37, 0.08, 0.02 of it scaling. Another model's weight has 1.4 whole and 1 of scaling; a scale
 # off by two has 0.5 or 1 of scaling.
 _MOST_DIFFERENCE = {2: 3.0, 3: 1.3, 4: 0.65, 5: 0.35}
-_MOST_SCALING = {2: 0.45, 3: 0.3, 4: 0.2, 5: 0.15}
+_MOST_SCALING = {2: 0.45, 3: 0.15, 4: 0.05, 5: 0.03}
 
 
 def require_same_model(config: Any, original: TensorFiles, checkpoint: QuantizedCheckpoint) -> None:
-    """Raise CheckpointError, naming the setting or the tensor, unless the checkpoint has the shapes of the
-    `original` with that transformers `config`, and its embeddings, final norm and head to rounding."""
-    for setting in _SHAPE_SETTINGS:
+    """Raise CheckpointError, naming the setting or the tensor, unless the checkpoint is of the model that the
+    `original` with that transformers `config` is, and its embeddings, final norm and head to rounding."""
+    for setting in _SETTINGS:
         wanted, got = getattr(config, setting, None), getattr(checkpoint.config, setting, None)
         if got != wanted:
             raise CheckpointError(f"{setting} of the checkpoint must be the original's {wanted}, got {got}")
@@ -48,6 +53,30 @@ def require_same_model(config: Any, original: TensorFiles, checkpoint: Quantized
         if got_tensor is None:
             raise CheckpointError(f"tensor {name} must be in the checkpoint, got none")
         _require_equal(name, got_tensor, wanted_tensor)
+
+
+def require_same_plain(
+    block_name: str,
+    block: nn.Module,
+    groups: Sequence[InputGroup],
+    scales: Mapping[str, Tensor | None],
+    checkpoint: QuantizedCheckpoint,
+) -> None:
+    """Raise CheckpointError, naming the tensor, unless what is not quantized in a block is the checkpoint's
+    to rounding: norms and biases.
+
+    block: the original's, float32, with the recovered `scales` (by input group) folded in. The bias of a
+    linear layer into which an estimated scale was folded is left out: it differs as the estimate does.
+    """
+    quantized = {f"{name}.weight" for group in groups for name in group.linears}
+    estimated = {f"{g.producer}.bias" for g in groups if g.producer and scales.get(g.kind) is not None}
+    for key, tensor in block.state_dict().items():
+        if key in quantized or key in estimated:
+            continue
+        got = checkpoint.plain(f"{block_name}.{key}")
+        if got is None:
+            raise CheckpointError(f"tensor {block_name}.{key} must be in the checkpoint, got none")
+        _require_equal(f"{block_name}.{key}", got, tensor.cpu())
 
 
 def _require_equal(name: str, got: Tensor, wanted: Tensor) -> None:
