@@ -110,6 +110,15 @@ class DecLinear(nn.Module):
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self._layout.values()]
         return sum(sizes) + sum(t.nbytes for t in (self.input_order, self.input_scale) if t is not None)
 
+    @property
+    def kernel_bytes(self) -> int:
+        """Bytes of the same as a GPU keeps it: in the kernels' order where that is made of it."""
+        if not tiles.fits(self.config, self.in_features):
+            return self.weight_bytes
+        on_disk = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._layout.values())
+        tiled = tiles.tiled_bytes(self.config, self.in_features, self.out_features)
+        return self.weight_bytes - on_disk + tiled
+
     def dequantize(self) -> Tensor:
         """Return Ŵ (out, in) float32, for reordered and scaled inputs."""
         if self.tiled is not None:

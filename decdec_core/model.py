@@ -155,7 +155,8 @@ def memory_ledger(model: nn.Module) -> dict[str, Any]:
     """Return what `model`, which has DecLinear layers, keeps in memory, as JSON types.
 
     weight_bits: of the layers' codes, averaged over their weights. bits_per_weight: of the layers' codes,
-    scales, zeros, tables, input orders and scales together. gpu_bytes: of all parameters and buffers, tied
+    scales, zeros, tables, input orders and scales together, as on disk; kernel_bits_per_weight: as a GPU
+    keeps them. gpu_bytes: of all parameters and buffers, tied
     ones once: of the layers as on disk, of the rest in the dtypes it was loaded in. host_bytes: of the
     residuals.
     """
@@ -170,6 +171,7 @@ def memory_ledger(model: nn.Module) -> dict[str, Any]:
     return {
         "weight_bits": codes / weights,
         "bits_per_weight": low_bit * 8 / weights,
+        "kernel_bits_per_weight": sum(layer.kernel_bytes for layer in layers) * 8 / weights,
         "gpu_bytes": low_bit + sum({id(t): t.nbytes for t in plain}.values()),
         "host_bytes": sum(kept.codes.nbytes + kept.scale.nbytes for kept in residuals),
     }

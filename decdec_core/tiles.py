@@ -7,13 +7,31 @@ from torch import Tensor
 
 from decdec_core.config import WeightQuant
 from decdec_core.ops import TiledWeight
-from decdec_core.packing import BLOCK, DEPTH, pack_codes, pack_table, pack_tiles, unpack_codes, unpack_tiles
+from decdec_core.packing import (
+    BLOCK,
+    DEPTH,
+    SLAB,
+    pack_codes,
+    pack_table,
+    pack_tiles,
+    tile_words,
+    unpack_codes,
+    unpack_tiles,
+)
 from decdec_core.quantize import QuantizedWeight, weight_of
 
 
 def fits(config: WeightQuant, in_features: int) -> bool:
     """Return whether the kernels take such a weight: 2 to 4 bits, groups of 128 or a codebook."""
     return config.bits <= 4 and config.group_size in (None, DEPTH) and in_features % BLOCK == 0
+
+
+def tiled_bytes(config: WeightQuant, in_features: int, out_features: int) -> int:
+    """Return the bytes of such a weight in the kernels' order: inputs padded to DEPTH, outputs to SLAB."""
+    bits, codebook = int(config.bits), config.format == "codebook"
+    slabs, depth = -(-out_features // SLAB), -(-in_features // DEPTH)
+    table_words = SLAB * 2**bits // 2 if codebook else 0
+    return 4 * slabs * (depth * tile_words(bits, codebook) + table_words)
 
 
 def tile(weight: QuantizedWeight, values: torch.dtype, bias: Tensor | None = None) -> TiledWeight:

@@ -98,6 +98,7 @@ def _row(run: dict[str, Any]) -> dict[str, Any]:
         "k_chunk": Compensation.from_dict(compensation).k_chunk[0],
         **loss,
         "bits_per_weight": ledger["bits_per_weight"],
+        "kernel_bits_per_weight": ledger.get("kernel_bits_per_weight"),
         "gpu_bytes": ledger["gpu_bytes"],
         "host_bytes": ledger["host_bytes"],
         "disk_bytes": run["disk_bytes"],

@@ -10,7 +10,7 @@ import torch
 from conftest import make_layer, relative_error, selection_of
 from torch import Tensor
 
-from decdec_core import linear, residuals
+from decdec_core import linear, residuals, tiles
 from decdec_core.config import EXTRAS, DecDECError, WeightQuant
 from decdec_core.linear import DecLinear
 from decdec_core.packing import unpack_table
@@ -264,3 +264,16 @@ def test_a_tiled_codebook_is_traced_whole() -> None:
     got = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
     assert relative_error(got, wanted) < TOLERANCE[torch.bfloat16]
     assert layer.tiled is table
+
+
+@pytest.mark.parametrize(("method", "bits"), [("rtn", 3), ("rtn", 4), ("squeezellm", 2), ("squeezellm", 4)])
+@pytest.mark.parametrize(("in_features", "out_features"), [(160, 64), (576, 77), (1024, 32)])
+def test_the_kernels_bytes_are_those_of_the_tiles(
+    method: str, bits: int, in_features: int, out_features: int
+) -> None:
+    layer = make_layer(in_features, out_features, bits, method=method, extras=EXTRAS)
+    tiled = tiles.tile(layer._logical(), torch.float16)
+    stored = tiled.tiles.nbytes + (tiled.table.nbytes if tiled.table is not None else 0)
+    assert layer.kernel_bytes == stored + 8 * in_features  # an int32 and a float32 an input
+    five = make_layer(in_features, out_features, 5, method=method)
+    assert five.kernel_bytes == five.weight_bytes  # there are no kernels for 5 bits
