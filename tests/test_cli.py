@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from decdec_core import workfolder
 from decdec_core.cli import main
 from decdec_core.config import DecDECError
 
@@ -109,3 +111,42 @@ def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("DECDEC_TRACEBACK", "1")
     with pytest.raises(DecDECError, match="artifact must be a folder"):
         main(["verify", str(tmp_path / "absent")])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--bits", "inf"], "must be one of 2, 2.5, 3, 3.5, 4, 4.5, 5, got 'inf'"),
+        (["--bits", "3,5"], "must be one of 2, 2.5, 3, 3.5, 4, 4.5, 5, got '3,5'"),
+    ],
+)
+def test_bits_that_are_none_cost_one_line(
+    option: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["build", "--model", "x", "--out", "y", *option])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_no_tokenizer_a_full_disk_and_an_interruption_cost_one_line(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = shutil.copytree(tiny_model_dir, tmp_path / "plain")
+    (plain / "tokenizer.json").write_text("{")
+    build = ["build", "--out", str(tmp_path / "x"), *SMALL, "--model"]
+    assert "model must be one that can be loaded" in _refused(capsys, [*build, str(plain)])
+
+    def fail(error: BaseException) -> Callable[..., object]:
+        def raising(*_arguments: object) -> object:
+            raise error
+
+        return raising
+
+    monkeypatch.setattr(workfolder, "write_tensors", fail(OSError(28, "No space left on device")))
+    assert "No space left on device" in _refused(capsys, [*build, str(tiny_model_dir)])
+    monkeypatch.setattr(workfolder, "write_tensors", fail(KeyboardInterrupt()))
+    assert main([*build, str(tiny_model_dir)]) == 130
+    assert "interrupted: the same command goes on" in capsys.readouterr().err
