@@ -93,8 +93,7 @@ def _add_bench_clustering(clustering: argparse.ArgumentParser) -> None:
     clustering.add_argument("--model", default="smollm2", metavar="SRC")
     clustering.add_argument("--bits", type=int, default=3, choices=WEIGHT_BITS)
     clustering.add_argument("--calibration", default="auto", metavar="TEXT")
-    clustering.add_argument("--calibration-sequences", type=int, default=16, metavar="N")
-    clustering.add_argument("--calibration-length", type=int, default=512, metavar="TOKENS")
+    _add_calibration_size(clustering, 16)
     clustering.add_argument("--device", default="cpu")
     clustering.add_argument("--json", type=json_file, metavar="FILE", help="write the rows there too")
     clustering.set_defaults(run=_bench_clustering, parser=clustering)
@@ -126,8 +125,7 @@ def _add_bench_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("--shapes", default="llama-3-8b", help="llama-3-8b or smollm2-135m")
     build.add_argument("--blocks", type=int, default=3, help="decoder blocks of the random model (default 3)")
     add_quantization(build)
-    build.add_argument("--calibration-sequences", type=int, default=64, metavar="N")
-    build.add_argument("--calibration-length", type=int, default=512, metavar="TOKENS")
+    _add_calibration_size(build, 64)
     build.add_argument(
         "--folder", type=Path, default=Path(), help="where there is room for it (default here)"
     )
@@ -244,6 +242,11 @@ def quantization_of(options: argparse.Namespace) -> tuple[WeightQuant, ResidualQ
     return weight, ResidualQuant(options.residual_bits)
 
 
+def _add_calibration_size(parser: argparse.ArgumentParser, sequences: int) -> None:
+    parser.add_argument("--calibration-sequences", type=int, default=sequences, metavar="N")
+    parser.add_argument("--calibration-length", type=int, default=512, metavar="TOKENS")
+
+
 def _add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--model", required=True, metavar="SRC", help="a hub id, a folder, a .gguf file, or smollm2"
@@ -255,8 +258,7 @@ def _add_build(build: argparse.ArgumentParser) -> None:
         help="a GPTQ, AWQ or compressed-tensors checkpoint of that model, taken as the base",
     )
     add_quantization(build)
-    build.add_argument("--calibration-sequences", type=int, default=64, metavar="N")
-    build.add_argument("--calibration-length", type=int, default=512, metavar="TOKENS")
+    _add_calibration_size(build, 64)
     build.add_argument("--out", type=Path, required=True, metavar="DIR")
     build.set_defaults(run=_build, parser=build)
 

@@ -15,7 +15,7 @@ from decdec_core import ops, prefill, tiles
 from decdec_core.calibration import ActivationStatistics
 from decdec_core.config import EXTRAS, WEIGHT_BITS, WeightQuant, require_one_of, total_channels
 from decdec_core.packing import pack_table
-from decdec_core.quantize import QuantizedWeight, weight_layout, weight_of
+from decdec_core.quantize import QuantizedWeight, for_plain_inputs, weight_layout, weight_of
 from decdec_core.residuals import QuantizedResidual
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -127,12 +127,7 @@ class DecLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Return the float32 weight (out, in) for plain inputs: what a plain linear layer would hold."""
-        weight = self.dequantize()
-        if self.input_scale is not None:
-            weight = weight / self.input_scale
-        if self.input_order is not None:
-            weight = torch.empty_like(weight).index_copy_(1, self.input_order.long(), weight)
-        return weight
+        return for_plain_inputs(self.dequantize(), self.input_scale, self.input_order)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_order is not None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from decdec_core.artifact import is_host_tensor
 from decdec_core.config import WeightQuant
-from decdec_core.quantize import weight_layout, weight_of
+from decdec_core.quantize import for_plain_inputs, weight_layout, weight_of
 from decdec_core.shards import ComputedTensor, MemoryTensor, TensorSource
 from decdec_core.streaming import StreamedModel
 from decdec_core.sweeps import block_file
@@ -117,9 +117,7 @@ def dense_weight(name: str, tensors: Mapping[str, Tensor], config: WeightQuant, 
     """Return the float32 weight (out, in) that layer `name` of an artifact's tensors has for plain inputs."""
     parts = weight_layout(config, in_features, tensors[f"{name}.codes"].shape[0])
     weight = weight_of(config, in_features, {part: tensors[f"{name}.{part}"] for part in parts}).dequantize()
-    scale, order = tensors.get(f"{name}.input_scale"), tensors.get(f"{name}.input_order")
-    weight = weight if scale is None else weight / scale
-    return weight if order is None else weight[:, order.long().argsort()]
+    return for_plain_inputs(weight, tensors.get(f"{name}.input_scale"), tensors.get(f"{name}.input_order"))
 
 
 def _divergences(model: StreamedModel, work: WorkFolder, sequences: int) -> dict[str, float]:

@@ -65,7 +65,7 @@ def _one_line(source: str) -> Iterator[None]:
         raise
     except Exception as error:  # OSError mostly; of broken files whatever reads them raises
         first = str(error).strip().partition("\n")[0]
-        raise DecDECError(f"model must be one that can be loaded, got {source}: {first}") from None
+        raise DecDECError(f"model must be one that can be loaded, got {source}: {first}") from error
 
 
 def load_config(source: str) -> Any:

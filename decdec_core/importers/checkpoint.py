@@ -159,7 +159,7 @@ def open_quantized(folder: str | Path) -> QuantizedCheckpoint:
         first = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{folder / 'config.json'} must describe a model, got {type(error).__name__}: {first}"
-        ) from None
+        ) from error
 
 
 def _settings(folder: Path, model_settings: Mapping[str, Any]) -> dict[str, Any]:

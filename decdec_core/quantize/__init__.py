@@ -17,7 +17,14 @@ _FORMATS: dict[str, type[UniformWeight] | type[CodebookWeight]] = {
     "codebook": CodebookWeight,
 }
 
-__all__ = ["CodebookWeight", "QuantizedWeight", "UniformWeight", "weight_layout", "weight_of"]
+__all__ = [
+    "CodebookWeight",
+    "QuantizedWeight",
+    "UniformWeight",
+    "for_plain_inputs",
+    "weight_layout",
+    "weight_of",
+]
 
 
 def weight_layout(
@@ -25,6 +32,15 @@ def weight_layout(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return the shape and dtype of each tensor of a layer's weight by its name; whole bits only."""
     return _FORMATS[config.format].layout(config, in_features, out_features)
+
+
+def for_plain_inputs(weight: Tensor, scale: Tensor | None, order: Tensor | None) -> Tensor:
+    """Return `weight` (out, in) as it is for x where the layer sees x[..., order] / scale, either absent.
+
+    scale: (in,) of the reordered inputs. order: (in,), a permutation.
+    """
+    weight = weight if scale is None else weight / scale
+    return weight if order is None else weight[:, order.long().argsort()]
 
 
 def weight_of(config: WeightQuant, in_features: int, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
