@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from decdec_core.config import (
     AVERAGE_BITS,
@@ -117,8 +117,7 @@ def _bench_clustering(options: argparse.Namespace) -> None:
         f"{sum(ratios) / len(ratios):.4f} in the mean of layers, {max(ratios):.4f} in the worst layer, "
         f"{worst:.4f} in the worst row"
     )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    _save(options.json, rows, options.device)
 
 
 def _add_bench_build(build: argparse.ArgumentParser) -> None:
@@ -147,8 +146,7 @@ def _bench_build(options: argparse.Namespace) -> None:
         f"({row['start_bytes'] / 1e9:.2f} before the build), {row['device_bytes'] / 1e9:.2f} GB of tensors "
         f"on the GPU; two blocks, embeddings and 2 GB are {row['allowed_bytes'] / 1e9:.2f} GB"
     )
-    if options.json:
-        options.json.write_text(json.dumps(row, indent=1) + "\n", "utf-8")
+    _save(options.json, [row], options.device)
 
 
 def _add_bench_kernels(kernels: argparse.ArgumentParser) -> None:
@@ -242,6 +240,17 @@ def quantization_of(options: argparse.Namespace) -> tuple[WeightQuant, ResidualQ
     return weight, ResidualQuant(options.residual_bits)
 
 
+def _save(file: Path | None, rows: list[dict[str, Any]], device: str) -> None:
+    """Write rows, and where they come from, to `file` if there is one."""
+    if file is not None:
+        import torch
+
+        from decdec_core.files import write_json
+        from decdec_core.provenance import result_of
+
+        write_json(file, result_of(rows, torch.device(device)))
+
+
 def _add_calibration_size(parser: argparse.ArgumentParser, sequences: int) -> None:
     parser.add_argument("--calibration-sequences", type=int, default=sequences, metavar="N")
     parser.add_argument("--calibration-length", type=int, default=512, metavar="TOKENS")
@@ -330,14 +339,13 @@ def _bench_forward(options: argparse.Namespace) -> None:
     for row in rows:
         label = f"{row['selection']} {row['k_chunk']}".strip()
         print(f"{label:12} {row['median_s']:8.3f} s   {row['to_none']:5.2f} of none")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    _save(options.json, rows, "cpu")
 
 
 def _bench_kernels(options: argparse.Namespace) -> None:
     from decdec_core.kernel_bench import draw, kernel_times, shapes_of, table
 
-    result = kernel_times(
+    rows = kernel_times(
         shapes_of(options.shapes),
         options.bits,
         options.formats,
@@ -346,22 +354,20 @@ def _bench_kernels(options: argparse.Namespace) -> None:
         options.selections,
         options.tokens,
     )
-    print(table(result["rows"]))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(table(rows))
+    _save(options.json, rows, "cuda")
     if options.plot:
-        draw(result["rows"], options.plot)
+        draw(rows, options.plot)
 
 
 def _bench_prefill(options: argparse.Namespace) -> None:
     from decdec_core.prefill_bench import prefill_times, table
 
-    result = prefill_times(
+    rows = prefill_times(
         options.shapes, options.tokens, options.blocks, options.k_chunk, options.bits, options.selections
     )
-    print(table(result["rows"]))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(table(rows))
+    _save(options.json, rows, "cuda")
 
 
 if __name__ == "__main__":

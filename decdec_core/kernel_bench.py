@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import decdec_core
 from decdec_core import ops
 from decdec_core.calibration import ActivationStatistics
 from decdec_core.channels import make_selection
 from decdec_core.config import DecDECError, require_int, require_one_of, suggest, total_channels
+from decdec_core.files import whole_file
 from decdec_core.ops import Selection, TiledWeight
 from decdec_core.packing import DEPTH, SLAB, tile_words
 
@@ -129,9 +128,9 @@ def kernel_times(
     k_chunk: Sequence[int],
     selections: Sequence[str] = ("dynamic",),
     tokens: int = 1,
-) -> dict[str, Any]:
-    """Return {"hardware", "versions", "rows"}: for each matrix cuBLAS in float16 and, for each of `bits` and
-    `formats`, the product alone, compensation alone, and both in one launch for each n_tb and k_chunk.
+) -> list[dict[str, Any]]:
+    """Return rows: for each matrix cuBLAS in float16 and, for each of `bits` and `formats`, the product
+    alone, compensation alone, and both in one launch for each n_tb and k_chunk.
 
     Rows: matrix, in, out, tokens, bits, format, n_tb, k_chunk, selection, time_us, and gb_per_s of the weight
     or host_bytes and host_gb_per_s of the residual. Raises DecDECError without a CUDA device.
@@ -160,14 +159,7 @@ def kernel_times(
                         compensation_row(case, k, selection) for selection in selections for k in k_chunk
                     ]
     progress.close()
-    return result_of(rows)
-
-
-def result_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return {"hardware", "versions", "commit", "measured", "rows"}: rows, and where they come from."""
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "decdec": decdec_core.__version__}
-    environment = {"hardware": torch.cuda.get_device_name(), "versions": versions}
-    return {**environment, "commit": os.environ.get("DECDEC_COMMIT"), "measured": True, "rows": rows}
+    return rows
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -230,7 +222,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:] or "png")
     plt.close(figure)
 
 

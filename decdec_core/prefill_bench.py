@@ -21,7 +21,7 @@ from decdec_core.config import (
     require_int,
     require_one_of,
 )
-from decdec_core.kernel_bench import heavy_tailed, markdown, result_of, shapes_of
+from decdec_core.kernel_bench import heavy_tailed, markdown, shapes_of
 from decdec_core.linear import DecLinear
 from decdec_core.ops import Selection
 from decdec_core.packing import channel_bytes
@@ -34,8 +34,8 @@ _RESIDUAL_BITS = 4
 @torch.inference_mode()
 def prefill_times(
     shapes: str, tokens: int, blocks: int, k_chunk: int, bits: int, selections: Sequence[str]
-) -> dict[str, Any]:
-    """Return {"hardware", "versions", "rows"}: passes over `tokens` tokens of `blocks` blocks in float16.
+) -> list[dict[str, Any]]:
+    """Return rows: passes over `tokens` tokens of `blocks` blocks in float16.
 
     shapes: a model's name or IN,OUT. bits: of the weights, 2..4; residuals are in 4 and in pinned memory.
     The selections take turns, `none` always among them, so that whatever else the machine does falls on all
@@ -62,7 +62,7 @@ def prefill_times(
                 measured.append(elapsed / blocks)
     peaks = {name: work.peak_bytes(hows[name]) for name in names}
     medians = {name: statistics.median(measured) for name, measured in times.items()}
-    rows = [
+    return [
         {
             "shapes": shapes,
             "tokens": tokens,
@@ -75,7 +75,6 @@ def prefill_times(
         }
         for name in names
     ]
-    return result_of(rows)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

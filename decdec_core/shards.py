@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from decdec_core.config import DecDECError
+from decdec_core.files import whole_file
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -216,21 +217,16 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorSource]) -> dict[str, 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digests = {}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in ordered:
-                digest = hashlib.sha256()
-                for piece in tensors[name].pieces():
-                    digest.update(piece)
-                    file.write(piece)
-                digests[name] = digest.hexdigest()
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            digest = hashlib.sha256()
+            for piece in tensors[name].pieces():
+                digest.update(piece)
+                file.write(piece)
+            digests[name] = digest.hexdigest()
+        file.flush()
+        os.fsync(file.fileno())
     return digests
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from decdec_core.config import DecDECError
+from decdec_core.files import write_json
 from decdec_core.shards import (
     FileTensor,
     MemoryTensor,
@@ -80,10 +81,7 @@ class WorkFolder:
 
     def note(self, name: str, value: Any) -> None:
         """Write a JSON value."""
-        path = self.folder / f"{name}.json"
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-        temporary.rename(path)
+        write_json(self.folder / f"{name}.json", value)
 
     def noted(self, name: str) -> Any:
         """Return a JSON value, or None where it is not there."""

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 from decdec_core.config import Compensation, DecDECError
-from decdec_eval.report import line, paired, read_run, save_figure, with_error
+from decdec_eval.report import line, paired, read_run, save_figure, with_error, write_table
 
 _BASE = ["method", "clustering", "bits", "residual_bits"]
 _ORDER = ("none", "random", "static", "dynamic", "exact")
@@ -41,9 +41,7 @@ def write_bases(out: Path, paths: Iterable[Path]) -> str:
     if rows[rows.method != "full"].residual_bits.nunique() > 1:
         parts.append("\n".join(equal_bytes(rows)).strip())
     text = "\n\n".join(parts) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(text, "utf-8")
-    rows.drop(columns="window_nll").to_csv(out / "table.csv", index=False)
+    write_table(out, text, rows.drop(columns="window_nll"))
     names = ["table.md", "table.csv"] + (["figure.png"] if draw(rows, out / "figure.png") else [])
     return f"\n{text}\nwritten: {', '.join(str(out / name) for name in names)}"
 
@@ -98,7 +96,7 @@ def _row(run: dict[str, Any]) -> dict[str, Any]:
         "k_chunk": Compensation.from_dict(compensation).k_chunk[0],
         **loss,
         "bits_per_weight": ledger["bits_per_weight"],
-        "kernel_bits_per_weight": ledger.get("kernel_bits_per_weight"),
+        "kernel_bits_per_weight": ledger["kernel_bits_per_weight"],
         "gpu_bytes": ledger["gpu_bytes"],
         "host_bytes": ledger["host_bytes"],
         "disk_bytes": run["disk_bytes"],
@@ -116,7 +114,8 @@ def describe(runs: Sequence[dict[str, Any]]) -> str:
         f"{runs[0]['configuration']['model']}: token perplexity on {task['text']}, {task['windows']} windows "
         f"of {task['window_length']} tokens{full}; measured on {hardware}, float32. Bits per weight count "
         "what the artifact has of the quantized layers for the GPU: codes, scales, zeros or tables, input "
-        "scales; weights MB the whole model with embeddings in float32, residual MB host memory, disk MB the "
+        "scales; in kernels: the same in the CUDA kernels' order, which pads inputs to multiples of 128; "
+        "weights MB the whole model with embeddings in float32, residual MB host memory, disk MB the "
         f"folder. One standard error over windows is about {_relative_error(runs):.0%} of a perplexity; "
         "differences between columns, paired over windows, are known much better: table.csv has them with "
         "their errors, and some are below."
@@ -133,12 +132,13 @@ def markdown(rows: pd.DataFrame) -> str:
     quantized = rows[rows.method != "full"]
     columns = quantized[["selection", "k_chunk"]].drop_duplicates()
     columns = columns.sort_values(["selection", "k_chunk"], key=_column_order)
-    head = ["base", "bits", "bits per weight", "weights MB", "residual MB", "disk MB"]
+    head = ["base", "bits", "bits per weight", "in kernels", "weights MB", "residual MB", "disk MB"]
     head += [s if s == "none" else f"{s} {k}" for s, k in columns.itertuples(index=False)]
     lines = [line(head), line(["---"] * len(head))]
     for key, group in quantized.groupby(_BASE, sort=False):
         first = group.iloc[0]
-        cells = [_base_name(key), f"{key[2]:g}", f"{first.bits_per_weight:.2f}"]
+        cells = [_base_name(key), f"{key[2]:g}"]
+        cells += [f"{first[name]:.2f}" for name in ("bits_per_weight", "kernel_bits_per_weight")]
         cells += [f"{first[name] / 1e6:.1f}" for name in ("gpu_bytes", "host_bytes", "disk_bytes")]
         for selection, k_chunk in columns.itertuples(index=False):
             found = group[(group.selection == selection) & (group.k_chunk == k_chunk)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,12 +28,13 @@ from decdec_core.config import (
     require_int,
     require_one_of,
 )
+from decdec_core.files import write_json
 from decdec_core.manifest import read_manifest
 from decdec_core.model import compensation_ledger, set_compensation
+from decdec_core.provenance import environment
 from decdec_core.sources import load_model, load_tokenizer
 from decdec_core.texts import Text, available_text, load_text
 from decdec_eval.perplexity import summary, window_nll, windows
-from decdec_eval.provenance import environment
 from decdec_eval.report import write_report
 
 FULL = "full"
@@ -101,6 +101,7 @@ class Comparison:
                 print(f"{head}: kept from {path}", flush=True)
             else:
                 print(head, flush=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, self._run(cell))
             yield path
 
@@ -137,7 +138,7 @@ class Comparison:
             "metrics": {**summary(losses), "window_nll": losses},
             "measured": True,
             "time_s": time.perf_counter() - start,
-            "environment": environment(model.device),
+            "environment": environment(model.device, "lm_eval"),
         }
 
     def _model(self, full: bool) -> Any:
@@ -150,13 +151,6 @@ class Comparison:
                 model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
             self._loaded = full, model.eval().to(self.device)
         return self._loaded[1]
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
-    temporary.rename(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,9 +28,9 @@ from decdec_core.config import (
     suggest,
 )
 from decdec_core.model import compensation_ledger, set_compensation
+from decdec_core.provenance import environment
 from decdec_core.sources import materialize
 from decdec_eval.perplexity import window_nll
-from decdec_eval.provenance import environment
 
 FULL = "full"  # method=full: the unquantized model itself, through the same code path
 TOKEN_WINDOWS = "token_windows"  # the request type of tasks/utils.py, and the name of its method here
@@ -144,7 +144,7 @@ class DecDECLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """Return HFLM's information and under `decdec` what this result was measured with."""
         ledger = compensation_ledger(self.model) if self._quantized else {"method": FULL, "selection": "none"}
-        stated = {**ledger, "bos": self._bos_policy(), **environment(self.device)}
+        stated = {**ledger, "bos": self._bos_policy(), **environment(self.device, "lm_eval")}
         return {**super().get_model_info(), "decdec": stated}
 
     def _bos_policy(self) -> dict[str, Any]:

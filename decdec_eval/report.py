@@ -15,6 +15,7 @@ import pandas as pd
 
 from decdec_core.cli import run_command
 from decdec_core.config import Compensation, DecDECError
+from decdec_core.files import whole_file, write_text
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -41,9 +42,7 @@ def write_report(out: Path, paths: Iterable[Path]) -> str:
     _require_comparable(runs)
     rows = table(runs)
     caption = describe(runs)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(f"{caption}\n\n{markdown(rows)}\n", "utf-8")
-    rows.to_csv(out / "table.csv", index=False)
+    write_table(out, f"{caption}\n\n{markdown(rows)}\n", rows)
     draw(rows, caption, out / "figure.png")
     names = ", ".join(str(out / name) for name in ("table.md", "table.csv", "figure.png"))
     return f"\n{caption}\n\n{markdown(rows)}\n\nwritten: {names}"
@@ -189,12 +188,18 @@ def draw(rows: pd.DataFrame, caption: str, path: Path) -> None:
     save_figure(figure, path)
 
 
+def write_table(out: Path, text: str, rows: pd.DataFrame) -> None:
+    """Write table.md, which is `text`, and table.csv to the folder `out`, made where it is not."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "table.md", text)
+    write_text(out / "table.csv", rows.to_csv(index=False))
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure, whole or not at all, and close it."""
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:])
     plt.close(figure)
-    temporary.rename(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

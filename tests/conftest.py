@@ -42,6 +42,15 @@ if "DECDEC_DATA_DIR" not in os.environ and _BESIDE.is_dir():
 # tests never ask a model hub: what they need is made here or lies in DECDEC_DATA_DIR
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked cuda, or cuda(2), where there are fewer GPUs."""
+    for marker in item.iter_markers("cuda"):
+        wanted = marker.args[0] if marker.args else 1
+        if torch.cuda.device_count() < wanted:
+            pytest.skip("needs a CUDA device" if wanted == 1 else f"needs {wanted} CUDA devices")
+
+
 # ragged last group (160 = 128 + 32), ragged chunk (1120 = 1024 + 96), grouped queries
 SIZES: dict[str, Any] = {
     "hidden_size": 160,

@@ -31,6 +31,8 @@ def test_every_base_is_built_measured_and_kept(
     half = rows[(rows.bits == 3.5) & (rows.selection == "none")].iloc[0]
     # a block has 640000 weights: 2880 rows of 160 with 2 groups, 160 of 1120 with 9, of three bytes each
     assert half.bits_per_weight == 3.5 + 8 * 3 * (2880 * 2 + 160 * 9) / 640000
+    # the kernels' order has inputs in multiples of 128
+    assert half.kernel_bits_per_weight > 3.5 * (2880 * 256 + 160 * 1152) / 640000
     assert half.nll_change == 0
     dynamic = rows[(rows.bits == 3) & (rows.selection == "dynamic")].set_index("k_chunk")
     none = rows[(rows.bits == 3) & (rows.selection == "none")].iloc[0]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from decdec_core.cli import main
 
@@ -14,7 +15,11 @@ def test_every_configuration_is_timed_and_none_is_one(
     target = tmp_path / "times.json"
     options = ["--full", str(tiny_model_dir), "--tokens", "32", "--repeats", "2", "--json", str(target)]
     assert main(["bench", "forward", str(tiny_artifact_dir), *options]) == 0
-    rows = json.loads(target.read_text())
+    result = json.loads(target.read_text())
+    assert result["measured"]
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["hardware"].endswith("threads")
+    rows = result["rows"]
     assert [row["selection"] for row in rows] == ["full", "none", "static", "dynamic"]
     assert rows[1]["to_none"] == 1
     assert all(0 < row["min_s"] <= row["median_s"] for row in rows)

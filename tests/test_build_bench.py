@@ -55,7 +55,7 @@ def test_the_gain_of_optimal_clustering(
     assert (
         cli.main(["bench", "clustering", "--model", str(tiny_model_dir), *options, "--json", str(out)]) == 0
     )
-    rows = json.loads(out.read_text())
+    rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 14
     assert all(row["flash1d_to_exact"] >= 1 and row["exact_error"] > 0 for row in rows)
     assert "14 layers: weighted error of flash1d over exact" in capsys.readouterr().out

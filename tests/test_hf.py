@@ -133,6 +133,46 @@ def test_offloading_is_refused(options: dict[str, Any], artifact: Path, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.cuda
+def test_offloading_from_a_gpu_is_refused(artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(DecDECError, match="without offloading, got 0, cpu"):
+        _load(artifact, device_map="auto", max_memory={0: 400_000, "cpu": "1GB"}, offload_folder=tmp_path)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_device_map_auto_takes_a_gpu(dtype: torch.dtype, artifact: Path) -> None:
+    placed = _load(artifact, device_map="auto", dtype=dtype)
+    assert {str(p.device) for p in placed.parameters()} <= {f"cuda:{i}" for i in range(4)}
+    assert _continuation(placed) == _continuation(_load(artifact, dtype=dtype).to("cuda:0"))
+
+
+@pytest.mark.cuda(2)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential"])
+def test_device_maps_over_two_gpus(device_map: str, dtype: torch.dtype, artifact: Path) -> None:
+    """Blocks on either GPU: a pass and decoding steps, compensated, are those on one, bit for bit."""
+    rooms = {0: 900_000, 1: 2_000_000} if device_map == "sequential" else None
+    placed = _load(artifact, device_map=device_map, max_memory=rooms, dtype=dtype)
+    places = {layer.scales.device.index for layer in dec_layers(placed).values()}
+    assert places == {0, 1}
+    for compensation in (Compensation("none"), Compensation("static", 64), Compensation("dynamic", 64)):
+        one = _load(artifact, device_map={"": 0}, dtype=dtype)
+        for model in (placed, one):
+            set_compensation(model, compensation)
+        assert torch.equal(_logits(placed).cpu(), _logits(one).cpu())
+        assert _continuation(placed) == _continuation(one)
+
+
+def _continuation(model: Any) -> list[int]:
+    """Return the prompt and what greedy decoding appends."""
+    ids = IDS[:, :8].to(model.device)
+    done = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    return done[0].tolist()
+
+
 def test_a_copy_of_the_model_saves_itself(artifact: Path, tmp_path: Path) -> None:
     model = _load(artifact)
     twin = copy.deepcopy(model)

@@ -41,7 +41,6 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_rows_say_what_they_are(tmp_path: Path) -> None:
     out, figure = tmp_path / "kernels.json", tmp_path / "kernels.png"
     options = ["--shapes", "4096,4096", "--bits", "3", "--formats", "uniform", "--k-chunk", "8", "16"]

@@ -244,7 +244,6 @@ def test_a_first_token_in_a_static_cache_is_prompt(tiny_artifact_dir: Path, ids:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnAGpu:
     @pytest.fixture(params=SELECTIONS)
     def compensation(self, request: pytest.FixtureRequest) -> Compensation:

@@ -20,10 +20,6 @@ from decdec_core.ops import Selection
 from decdec_core.prefill import Stage, dequantize_residual, dequantize_residual_ref
 from decdec_core.residuals import QuantizedResidual, quantize_residual
 
-cuda = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
 KINDS = ("static", "random", "dynamic", "exact")
 # the products are summed in float32; weight, residual and, twice, y are rounded to the activations' dtype
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}
@@ -306,7 +302,7 @@ def test_the_benchmark_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str])
 
 
 class TestOnAGpu:
-    pytestmark = cuda
+    pytestmark = pytest.mark.cuda
 
     @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
     @pytest.mark.parametrize("place", ["pinned", "device"])

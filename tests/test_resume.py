@@ -44,16 +44,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def build(model_dir: Path, out: Path, recipe: WeightQuant) -> Path:
-    return build_artifact(str(model_dir), out, recipe, ResidualQuant(4), CALIBRATION)
+def build(model_dir: Path, out: Path, recipe: WeightQuant, device: str = "cpu") -> Path:
+    return build_artifact(str(model_dir), out, recipe, ResidualQuant(4), CALIBRATION, device=device)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("after", [False, True], ids=["before the write", "after the write"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_killed_at_every_write(
-    recipe: str, after: bool, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, after: bool, device: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = contents(build(model_dir, tmp_path / "undisturbed", RECIPES[recipe]))
+    wanted = contents(build(model_dir, tmp_path / "undisturbed", RECIPES[recipe], device))
     write, kills = workfolder.write_tensors, 0
 
     def attempt(dies_at: int) -> Path:
@@ -71,7 +72,7 @@ def test_killed_at_every_write(
 
         for module in (workfolder, artifact):
             monkeypatch.setattr(module, "write_tensors", dying)
-        return build(model_dir, tmp_path / "killed", RECIPES[recipe])
+        return build(model_dir, tmp_path / "killed", RECIPES[recipe], device)
 
     while True:  # each attempt dies one write later than the one before it, counted from where it began
         try:

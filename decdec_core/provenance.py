@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,10 @@ import torch
 
 import decdec_core
 
-_PACKAGES = ("transformers", "lm_eval")
 
-
-def versions() -> dict[str, str]:
-    """Return the versions of this package, Python and the packages whose version can change a figure."""
-    others = {name: version(name) for name in _PACKAGES}
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of this package, Python, torch, transformers and `packages`."""
+    others = {name: version(name) for name in ("transformers", *packages)}
     # torch's own word: the package's leaves out whether it was built for CUDA, and for which
     own = {"decdec_eval": decdec_core.__version__, "python": platform.python_version()}
     return {**own, "torch": torch.__version__, **others}
@@ -52,6 +51,11 @@ def _git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return versions, hardware and commit together, as every run saves them."""
-    return {"versions": versions(), "hardware": hardware(device), "commit": commit()}
+def environment(device: torch.device, *packages: str) -> dict[str, Any]:
+    """Return versions, of `packages` too, hardware and commit together, as every run saves them."""
+    return {"versions": versions(*packages), "hardware": hardware(device), "commit": commit()}
+
+
+def result_of(rows: Sequence[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """Return what a benchmark saves: {"versions", "hardware", "commit", "measured": True, "rows"}."""
+    return {**environment(device), "measured": True, "rows": list(rows)}
