@@ -114,7 +114,7 @@ def describe(runs: Sequence[dict[str, Any]]) -> str:
         f"{runs[0]['configuration']['model']}: token perplexity on {task['text']}, {task['windows']} windows "
         f"of {task['window_length']} tokens{full}; measured on {hardware}, float32. Bits per weight count "
         "what the artifact has of the quantized layers for the GPU: codes, scales, zeros or tables, input "
-        "scales; in kernels: the same in the CUDA kernels' order, which pads inputs to multiples of 128; "
+        "scales; in kernels: the same in the CUDA kernels' order (to 4 bits; inputs padded to 128s); "
         "weights MB the whole model with embeddings in float32, residual MB host memory, disk MB the "
         f"folder. One standard error over windows is about {_relative_error(runs):.0%} of a perplexity; "
         "differences between columns, paired over windows, are known much better: table.csv has them with "
