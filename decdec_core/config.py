@@ -22,6 +22,7 @@ CLUSTERINGS = ("exact", "flash1d")
 GROUP_SIZE = 128
 EXTRAS = ("input_order", "input_scale")  # what some layers have, in the order that they act on x
 RESIDUAL_BITS = (2, 4, 8, 16)
+DEFAULT_N_TB = 16  # thread blocks that fetch: best for the layers of Llama-3-8B on an H200
 
 
 class DecDECError(ValueError):
@@ -149,16 +150,19 @@ class Compensation(_Config):
     compensate: "all" tokens of every pass; "decode", only passes of a single token after others in the
     key-value cache; "auto", all in a pass without such a cache and decode in one that is given it (which is
     how generation calls a model). Steps of several tokens (speculative decoding) count as prompt, and
-    generation without a cache has no decoding steps. seed: for random selection.
+    generation without a cache has no decoding steps. seed: for random selection. n_tb: thread blocks of a
+    launch on a GPU that fetch residuals, at most; of the time only, not of what is computed.
     """
 
     selection: str = "dynamic"
     k_chunk: Any = (16, 16, 16, 16)
     compensate: str = "auto"
     seed: int = 0
+    n_tb: int = DEFAULT_N_TB
 
     def __post_init__(self) -> None:
         require_one_of("selection", self.selection, SELECTIONS)
+        require_int("n_tb", self.n_tb, 1, 1024)
         require_one_of("compensate", self.compensate, COMPENSATE_MODES)
         require_int("seed", self.seed, 0, 2**31 - 1)
         k_chunk = _parse_k_chunk(self.k_chunk)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from decdec_core import ops, prefill, tiles
 from decdec_core.calibration import ActivationStatistics
-from decdec_core.config import EXTRAS, WEIGHT_BITS, WeightQuant, require_one_of, total_channels
+from decdec_core.config import DEFAULT_N_TB, EXTRAS, WEIGHT_BITS, WeightQuant, require_one_of, total_channels
 from decdec_core.packing import pack_table
 from decdec_core.quantize import QuantizedWeight, for_plain_inputs, weight_layout, weight_of
 from decdec_core.residuals import QuantizedResidual
+from decdec_core.step import StepSettings, step_linear
 
 _HALVES = (torch.float16, torch.bfloat16)
 _SUMS_AT_ONCE = 1 << 24  # 64 MB of float32
@@ -56,6 +57,9 @@ class DecLinear(nn.Module):
     it too, and the sums are as torch's matrix products carry them. Of the residual they fetch the rows of a
     static selection once; what their tokens chose one by one, while that is less than the residual; else the
     whole, copied while another layer computes (`stage`).
+
+    Where `step` is set (decode.py), a compensated pass in one launch takes its settings from there instead of
+    `selection` and `n_tb`.
     """
 
     codes: Tensor
@@ -92,13 +96,44 @@ class DecLinear(nn.Module):
         self.residual: QuantizedResidual | None = None
         self.statistics: ActivationStatistics | None = None
         self.selection: ops.Selection | None = None
+        self.n_tb = DEFAULT_N_TB
         self.scope = Scope()
         self.stage = prefill.Stage()
+        self.step: StepSettings | None = None
         self.tiled: ops.TiledWeight | None = None
         self._values = torch.float16  # of a codebook in `tiled`
         self._table: Tensor | None = None
         self._pinned: QuantizedResidual | None = None
         self._dense: Tensor | None = None
+
+    @classmethod
+    def join(cls, layers: Sequence[DecLinear]) -> DecLinear:
+        """Return one layer with the outputs of all `layers`, which read one input and treat it alike.
+
+        Their config, extras and residual's config are the same; a residual's channel is whole bytes in each.
+        The selection, where they have one, is that of the first.
+        """
+        first = layers[0]
+        extras = [name for name in EXTRAS if getattr(first, name) is not None]
+        out = sum(layer.out_features for layer in layers)
+        whole = cls(first.in_features, out, first.config, first.bias is not None, extras)
+        parts = [layer._logical().tensors() for layer in layers]
+        for name in parts[0]:
+            setattr(whole, name, torch.cat([part[name] for part in parts]))
+        for name in extras:
+            setattr(whole, name, getattr(first, name))
+        if first.bias is not None:
+            whole.bias = torch.cat([layer.bias for layer in layers if layer.bias is not None])
+        kept = [layer.residual for layer in layers if layer.residual is not None]
+        if kept:
+            codes = torch.cat([residual.codes for residual in kept], dim=1)
+            whole.residual = QuantizedResidual(codes, torch.cat([r.scale for r in kept]), kept[0].config)
+        whole.statistics, whole.selection = first.statistics, first.selection
+        whole.scope, whole.stage, whole._values = first.scope, first.stage, first._values
+        whole.n_tb = first.n_tb
+        if whole.device.type == "cuda":
+            whole.prepare_for_gpu()
+        return whole
 
     def extra_repr(self) -> str:
         kept = self.residual.config.bits if self.residual else None
@@ -134,10 +169,12 @@ class DecLinear(nn.Module):
             x = x.index_select(-1, self.input_order)
         if self.input_scale is not None:
             x = x / self.input_scale.to(x.dtype)
+        tokens = x.reshape(-1, self.in_features)
+        if self.step is not None and self.scope.active and self._steps(tokens):
+            return self._stepped(tokens.contiguous(), self.step).view(*x.shape[:-1], self.out_features)
         if x.is_cuda:
             self.prepare_for_gpu(x.dtype)
         selection = self.selection if self.scope.active else None
-        tokens = x.reshape(-1, self.in_features)
         if x.is_cuda:
             y = self._on_gpu(tokens.contiguous(), selection)
         else:
@@ -145,6 +182,15 @@ class DecLinear(nn.Module):
             if selection is not None:
                 y = self._compensated(tokens.contiguous(), y, selection)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _steps(self, tokens: Tensor) -> bool:
+        residual = self.residual
+        return residual is not None and self._in_one_launch(tokens.shape[0], tokens.dtype, residual)
+
+    def _stepped(self, tokens: Tensor, settings: StepSettings) -> Tensor:
+        assert self.tiled is not None
+        assert self.residual is not None
+        return step_linear(tokens, self.tiled, self.residual.codes, self.residual.scale, settings)
 
     def _compensated(self, tokens: Tensor, y: Tensor, selection: ops.Selection) -> Tensor:
         residual = self.residual
@@ -160,7 +206,7 @@ class DecLinear(nn.Module):
         if residual is None or selection is None or count == 0:
             return self._base(tokens)
         if tiled is not None and self._in_one_launch(count, tokens.dtype, residual):
-            return ops.linear(tokens, tiled, selection, residual.codes, residual.scale)
+            return ops.linear(tokens, tiled, selection, residual.codes, residual.scale, self.n_tb)
         whole = self.copied_whole(count, tokens.dtype) is not None
         ahead = whole and prefill.may_copy_ahead(tokens.device)
         if ahead:
@@ -246,6 +292,13 @@ class DecLinear(nn.Module):
             if selection.indices.device != here:
                 self.selection = replace(selection, indices=selection.indices.to(here))
         self._tile(dtype)
+
+    def refresh_step(self) -> None:
+        """Let `step`, where there is one, hold the present selection and n_tb."""
+        if self.step is not None:
+            if self.device.type == "cuda":
+                self.prepare_for_gpu()
+            self.step.set(self.selection, self.n_tb)
 
     def _tile(self, dtype: torch.dtype | None) -> None:
         """Bring the weight into the kernels' order, and a codebook's values into what `dtype` takes."""

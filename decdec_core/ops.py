@@ -15,6 +15,7 @@ from torch import Tensor
 from decdec_core import kernels
 from decdec_core.config import (
     CHUNK,
+    DEFAULT_N_TB,
     RESIDUAL_BITS,
     DecDECError,
     channels_per_chunk,
@@ -32,7 +33,6 @@ from decdec_core.packing import (
 
 BUCKETS = 32
 MOST_TOKENS = 8  # of one launch of `linear`
-DEFAULT_N_TB = 16  # best for the layers of Llama-3-8B on an H200
 MAX_SEED = 2**63 - 1
 
 _ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

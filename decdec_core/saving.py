@@ -19,6 +19,7 @@ from decdec_core import artifact
 from decdec_core.artifact import is_artifact, plain_dtype
 from decdec_core.config import EXTRAS, DecDECError
 from decdec_core.errors import ArtifactError
+from decdec_core.fusing import is_fused
 from decdec_core.linear import DecLinear
 from decdec_core.manifest import CONFIG, MANIFEST, own_files, read_manifest, sha256_of_file
 from decdec_core.model import dec_layers
@@ -79,6 +80,8 @@ def _bytes_of(size: int | str) -> int:
 
 
 def _save(model: Any, folder: Path, shard_bytes: int) -> None:
+    if is_fused(model):
+        raise DecDECError("a model must be saved before its layers are fused, got one after")
     origin = model.hf_quantizer
     copied = _beside_the_weights(origin.folder, origin.manifest)
     replaced = _replaceable(folder, copied)

@@ -143,8 +143,8 @@ def test_offloading_is_refused(options: dict[str, Any], artifact: Path, tmp_path
 
 @pytest.mark.cuda
 def test_offloading_from_a_gpu_is_refused(artifact: Path, tmp_path: Path) -> None:
+    rooms = {0: 400_000, "cpu": "1GB"}  # of 1.1 MB; accelerate puts a model on the CPU where none fits
     with pytest.raises(DecDECError, match="without offloading, got 0, cpu"):
-        rooms = {0: 400_000, "cpu": "1GB"}  # of 1.1 MB; accelerate puts a model on the CPU where none fits
         _load(artifact, device_map="auto", max_memory=rooms, dtype=torch.float16, offload_folder=tmp_path)
 
 

@@ -1,0 +1,242 @@
+"""Generation of one sequence with a static key-value cache: on a GPU a step is one captured CUDA graph.
+
+The step is the model's own forward pass, its small operations fused by torch.compile, captured once and
+replayed for every token; the token that it chooses stays on the GPU as the next step's input. On a CPU the
+same interface runs the model as it is.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+
+from decdec_core.config import DecDECError, require_int
+from decdec_core.model import dec_layers
+from decdec_core.step import StepSettings
+
+_WARM_UPS = 3  # before a capture: what is made at first use, and compiled
+_AT_ONCE = 16  # steps launched before the tokens of those before them are looked at
+_MANY = 1 << 20
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature: 0 takes the most likely. top_k, top_p: leave the others out;
+    0 and 1 leave none out. seed: of the draw."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise DecDECError(f"temperature must be 0 or more, got {self.temperature!r}")
+        require_int("top_k", self.top_k, 0, _MANY)
+        if not 0 < self.top_p <= 1:
+            raise DecDECError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+        require_int("seed", self.seed, 0, 2**31 - 1)
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the next token (rows,) int64 for logits (rows, vocabulary)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        scores = logits.float() / self.temperature
+        if 0 < self.top_k < scores.shape[-1]:
+            least = scores.topk(self.top_k).values[..., -1:]
+            scores = scores.masked_fill(scores < least, -torch.inf)
+        if self.top_p < 1:
+            ordered, order = scores.sort(descending=True)
+            share = ordered.softmax(-1)
+            beyond = share.cumsum(-1) - share >= self.top_p  # of those before it: the first always stays
+            scores = scores.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+        # the least of exponential times with these rates: a draw without a look at the probabilities' sum
+        waits = torch.empty_like(scores).exponential_(generator=generator)
+        return (scores.softmax(-1) / waits).argmax(-1)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """tokens: without the prompt, the stop token included. first_s: seconds to the first. step_s: seconds of
+    each further one, of the steps that were run."""
+
+    tokens: list[int]
+    first_s: float
+    step_s: list[float]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the steps after the first token."""
+        return len(self.step_s) / sum(self.step_s) if self.step_s else 0.0
+
+    def spread(self) -> dict[str, float]:
+        """Return the seconds of a step: median, and the tenth and ninetieth of a hundred parts."""
+        if len(self.step_s) < 2:
+            value = self.step_s[0] if self.step_s else 0.0
+            return {"median_s": value, "p10_s": value, "p90_s": value}
+        tenths = statistics.quantiles(self.step_s, n=10, method="inclusive")
+        return {"median_s": statistics.median(self.step_s), "p10_s": tenths[0], "p90_s": tenths[-1]}
+
+
+class Decoder:
+    """Generates with `model` on the device where it is.
+
+    model: a causal language model with DecLinear layers or a plain one. max_length: tokens of prompt and
+    answer together that the cache holds. compiled: torch.compile the step before it is captured; GPU only.
+    The model may be used otherwise between calls, not during one; what it compensates may change between
+    calls, and the step is then captured again.
+    """
+
+    def __init__(
+        self, model: Any, max_length: int, sampling: Sampling | None = None, compiled: bool = True
+    ) -> None:
+        require_int("max_length", max_length, 2, _MANY)
+        self.model, self.max_length, self.sampling = model.eval(), max_length, sampling or Sampling()
+        self.device = torch.device(model.device)
+        self.cache = StaticCache(config=model.config, max_cache_len=max_length)
+        self.generator = torch.Generator(self.device)
+        self.token = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+        self.tokens = torch.zeros(max_length, dtype=torch.int64, device=self.device)
+        self.count = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._forward = self._plain
+        if self.device.type == "cuda" and compiled:
+            self._forward = torch.compile(self._plain, fullgraph=True, dynamic=False)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured: object = None
+
+    @torch.inference_mode()
+    def generate(
+        self, ids: Sequence[int] | Tensor, max_new_tokens: int, stop: Collection[int] | None = None
+    ) -> Generation:
+        """Return what follows the prompt `ids`.
+
+        stop: tokens that end it, by default those of the model's generation_config. Raises DecDECError for a
+        prompt that is empty, and one that does not fit into the cache with max_new_tokens.
+        """
+        prompt = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1).to(self.device)
+        require_int("max_new_tokens", max_new_tokens, 1, _MANY)
+        if not 0 < prompt.shape[1] <= self.max_length - max_new_tokens:
+            raise DecDECError(
+                f"prompt must be 1..{self.max_length - max_new_tokens} tokens for {max_new_tokens} more in a "
+                f"cache of {self.max_length}, got {prompt.shape[1]}"
+            )
+        ends = frozenset(_stop_tokens(self.model) if stop is None else stop)
+        if self.device.type == "cuda":
+            self._capture()
+        self._reset()
+        self.generator.manual_seed(self.sampling.seed)
+        start = time.perf_counter()
+        self._keep(self._next(self.model(prompt, **self._cached(), logits_to_keep=1).logits))
+        tokens = self.tokens[:1].tolist()
+        first_s = time.perf_counter() - start
+        if tokens[-1] in ends or max_new_tokens == 1:
+            return Generation(tokens, first_s, [])
+        run = self._steps_on_gpu if self.device.type == "cuda" else self._steps_on_cpu
+        step_s = run(max_new_tokens - 1, ends)
+        tokens = self.tokens[: 1 + len(step_s)].tolist()
+        last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
+        return Generation(tokens[: last + 1], first_s, step_s)
+
+    def _steps_on_cpu(self, steps: int, ends: frozenset[int]) -> list[float]:
+        taken = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            self._step()
+            ended = int(self.token) in ends
+            taken.append(time.perf_counter() - start)
+            if ended:
+                break
+        return taken
+
+    def _steps_on_gpu(self, steps: int, ends: frozenset[int]) -> list[float]:
+        """Launch steps a few at once, and look at their tokens while the next few run."""
+        assert self._graph is not None
+        seen = torch.empty(self.max_length, dtype=torch.int64, pin_memory=True)
+        marks = [_mark()]
+        looked_at = 0
+        while len(marks) <= steps:
+            for _ in range(min(_AT_ONCE, steps + 1 - len(marks))):
+                self._graph.replay()
+                marks.append(_mark())
+            if looked_at:
+                marks[looked_at].synchronize()
+                if not ends.isdisjoint(seen[: looked_at + 1].tolist()):
+                    break
+            looked_at = len(marks) - 1
+            seen[: looked_at + 1].copy_(self.tokens[: looked_at + 1], non_blocking=True)
+            marks[looked_at].record()
+        marks[-1].synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
+
+    def _cached(self) -> dict[str, Any]:
+        return {"past_key_values": self.cache, "use_cache": True}
+
+    def _plain(self, token: Tensor) -> Tensor:
+        return self.model(token, **self._cached()).logits
+
+    def _next(self, logits: Tensor) -> Tensor:
+        return self.sampling.choose(logits[:, -1], self.generator)
+
+    def _keep(self, token: Tensor) -> None:
+        self.token.copy_(token.unsqueeze(1))
+        self.tokens.index_copy_(0, self.count, token)
+        self.count.add_(1)
+
+    def _step(self) -> None:
+        self._keep(self._next(self._forward(self.token)))
+
+    def _reset(self) -> None:
+        self.cache.reset()
+        self.count.zero_()
+
+    def _capture(self) -> None:
+        """Capture a step, unless what the model compensates is what it was at the last one."""
+        wanted = getattr(self.model, "decdec", None)
+        compensation = None if wanted is None else wanted.compensation
+        if self._graph is not None and compensation == self._captured:
+            return
+        for layer in dec_layers(self.model).values():
+            layer.step = layer.step or StepSettings()
+            layer.refresh_step()
+        self._graph = None  # its memory first
+        self.cache.reset()
+        # a cache gets its memory from a prompt; what a step reads must be there before it is captured
+        self.model(self.token, **self._cached())
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._reset_to_one()
+                self._step()
+        stream.synchronize()
+        self._reset_to_one()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph, stream=stream):
+            self._step()
+        self._graph, self._captured = graph, compensation
+
+    def _reset_to_one(self) -> None:
+        """Let the cache hold one token, as before a first step."""
+        self._reset()
+        self.model(self.token, **self._cached())
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _stop_tokens(model: nn.Module) -> list[int]:
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]

@@ -1,0 +1,158 @@
+"""Generation with a static cache, against transformers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from decdec_core.config import Compensation, DecDECError
+from decdec_core.decode import Decoder, Generation, Sampling
+from decdec_core.fusing import fuse
+from decdec_core.model import set_compensation
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.fixture
+def ids(draw: torch.Generator) -> Tensor:
+    return torch.randint(0, 256, (24,), generator=draw)
+
+
+def load(folder: Path, device: str = "cpu") -> Any:
+    # half precision takes the kernels on a GPU; on a CPU float32 keeps ties apart
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float16 if device == "cuda" else torch.float32
+    ).to(device)
+
+
+def greedy(model: Any, ids: Tensor, count: int) -> list[int]:
+    """Return what transformers' generate appends."""
+    prompt = ids[None].to(model.device)
+    options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    done = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    return done[0, ids.shape[0] :].tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+@pytest.mark.parametrize("selection", ["none", "static", "dynamic", "exact"])
+def test_greedy_tokens_are_those_of_generate(
+    selection: str, fused: bool, device: str, tiny_artifact_dir: Path, ids: Tensor
+) -> None:
+    model = load(tiny_artifact_dir, device)
+    set_compensation(model, Compensation(selection, 128, "decode"))
+    wanted = greedy(model, ids, 40)
+    if fused:
+        assert fuse(model) == 2 * 5  # q, k, v, gate and up of two blocks
+    decoder = Decoder(model, 80)
+    for _ in range(2):  # the second time with what the first left in the cache
+        assert decoder.generate(ids, 40, stop=()).tokens == wanted
+    assert decoder.generate(ids, 20, stop=()).tokens == wanted[:20]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_compensated_may_change_between_calls(
+    device: str, tiny_artifact_dir: Path, ids: Tensor
+) -> None:
+    model = load(tiny_artifact_dir, device)
+    decoder, found = Decoder(model, 80), []
+    grid = [Compensation("none"), Compensation("exact", 1024), Compensation("dynamic", (8, 0, 64, 200))]
+    for compensation in [*grid, *grid]:
+        set_compensation(model, compensation)
+        found.append(decoder.generate(ids, 30, stop=()).tokens)
+        assert found[-1] == greedy(model, ids, 30)
+    assert found[:3] == found[3:]
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_plain_model_generates_too(device: str, ids: Tensor) -> None:
+    model = tiny_model("llama").to(device)
+    wanted = greedy(model, ids, 20)
+    fuse(model)
+    assert Decoder(model, 60).generate(ids, 20, stop=()).tokens == wanted
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_stop_token_ends_it(device: str, tiny_artifact_dir: Path, ids: Tensor) -> None:
+    model = load(tiny_artifact_dir, device)
+    decoder = Decoder(model, 100)
+    whole = decoder.generate(ids, 60, stop=()).tokens
+    stop = whole[37]
+    ended = decoder.generate(ids, 60, stop=[stop])
+    assert ended.tokens == whole[: whole.index(stop) + 1]
+    model.generation_config.eos_token_id = [stop]
+    assert decoder.generate(ids, 60).tokens == ended.tokens
+    assert decoder.generate(ids, 60, stop=whole[:1]).tokens == whole[:1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sampling_is_a_function_of_its_seed(device: str, tiny_artifact_dir: Path, ids: Tensor) -> None:
+    model = load(tiny_artifact_dir, device)
+    first, second = (Decoder(model, 80, Sampling(1.0, seed=seed)) for seed in (1, 2))
+    tokens = first.generate(ids, 30, stop=()).tokens
+    assert first.generate(ids, 30, stop=()).tokens == tokens
+    assert second.generate(ids, 30, stop=()).tokens != tokens
+
+
+def test_what_sampling_leaves_out() -> None:
+    logits = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log().expand(4000, 5)
+    draw = torch.Generator().manual_seed(0)
+
+    def shares(sampling: Sampling) -> list[float]:
+        return (torch.bincount(sampling.choose(logits, draw), minlength=5) / 4000).tolist()
+
+    assert shares(Sampling()) == [1, 0, 0, 0, 0]
+    # a share of 0.5 of 4000 draws has a standard deviation of 0.008
+    assert shares(Sampling(1.0)) == pytest.approx([0.5, 0.2, 0.15, 0.1, 0.05], abs=0.03)
+    assert shares(Sampling(1.0, top_k=2)) == pytest.approx([0.5 / 0.7, 0.2 / 0.7, 0, 0, 0], abs=0.03)
+    # 0.5 and 0.2 do not reach 0.75: the third stays too
+    kept = shares(Sampling(1.0, top_p=0.75))
+    assert kept == pytest.approx([0.5 / 0.85, 0.2 / 0.85, 0.15 / 0.85, 0, 0], abs=0.03)
+    assert shares(Sampling(1.0, top_p=0.01)) == [1, 0, 0, 0, 0]
+    flat = shares(Sampling(2.0))
+    assert flat[0] == pytest.approx(0.5**0.5 / sum(p**0.5 for p in (0.5, 0.2, 0.15, 0.1, 0.05)), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
+        ({"top_k": -1}, "top_k must be 0..1048576, got -1"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"seed": -1}, "seed must be 0..2147483647, got -1"),
+    ],
+)
+def test_refused_sampling(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DecDECError, match=message):
+        Sampling(**options)
+
+
+def test_refused_prompts(tiny_artifact_dir: Path, ids: Tensor) -> None:
+    decoder = Decoder(load(tiny_artifact_dir), 40)
+    assert len(decoder.generate(ids, 16, stop=()).tokens) == 16
+    for prompt, count, message in (
+        (ids, 17, "prompt must be 1..23 tokens for 17 more in a cache of 40, got 24"),
+        (ids[:0], 1, "prompt must be 1..39 tokens for 1 more in a cache of 40, got 0"),
+        (ids, 0, "max_new_tokens must be 1..1048576, got 0"),
+    ):
+        with pytest.raises(DecDECError, match=message):
+            decoder.generate(prompt, count)
+    with pytest.raises(DecDECError, match="max_length must be 2"):
+        Decoder(decoder.model, 1)
+
+
+def test_speed_is_of_the_steps_alone() -> None:
+    done = Generation([1, 2, 3, 4], 9.0, [0.1, 0.2, 0.3])
+    assert done.tokens_per_second == pytest.approx(5)
+    assert done.spread()["median_s"] == 0.2
+    assert done.spread()["p10_s"] == pytest.approx(0.12)
+    assert Generation([1], 9.0, []).tokens_per_second == 0
+    assert Generation([1, 2], 9.0, [0.5]).spread() == {"median_s": 0.5, "p10_s": 0.5, "p90_s": 0.5}
