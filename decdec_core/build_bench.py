@@ -20,32 +20,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from decdec_core.architectures import decoder_blocks
 from decdec_core.artifact import index_of
 from decdec_core.build import CalibrationSetup, build_artifact
-from decdec_core.config import ResidualQuant, WeightQuant, require_int, require_one_of
+from decdec_core.config import ResidualQuant, WeightQuant
+from decdec_core.shapes import MODELS, config_of
 from decdec_core.shards import MemoryTensor, write_tensors
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-}
 _SPARE = 2 << 30  # bytes that a build may take beside two blocks and the embeddings
 
 
@@ -70,7 +53,7 @@ class BuildCost:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, what the build may take, and the time of all blocks of the real model."""
-        real = SHAPES[self.shapes]["num_hidden_layers"]
+        real = MODELS[self.shapes]["num_hidden_layers"]
         return {
             **asdict(self),
             "allowed_bytes": 2 * self.block_bytes + self.embedding_bytes + _SPARE,
@@ -85,10 +68,8 @@ def build_cost(
     shapes: str, blocks: int, weight_quant: WeightQuant, setup: CalibrationSetup, device: str, folder: Path
 ) -> BuildCost:
     """Return what building a random model of `blocks` blocks takes; `folder` must have room for it."""
-    require_one_of("shapes", shapes, SHAPES)
-    require_int("blocks", blocks, 1, 1000)
+    config = config_of(shapes, blocks, torch.bfloat16)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        config = LlamaConfig(**{**SHAPES[shapes], "num_hidden_layers": blocks}, dtype=torch.bfloat16)
         sizes = write_random_model(Path(temporary) / "model", config)
         context = multiprocessing.get_context("spawn")
         mine, theirs = context.Pipe(duplex=False)

@@ -20,13 +20,8 @@ from decdec_core.config import DecDECError, require_int, require_one_of, suggest
 from decdec_core.files import whole_file
 from decdec_core.ops import Selection, TiledWeight
 from decdec_core.packing import DEPTH, SLAB, tile_words
+from decdec_core.shapes import MODELS, config_of, matrices_of
 
-# in and out of qkv, o, gate_up and down, fused as the model runs them
-SHAPES: dict[str, dict[str, tuple[int, int]]] = {
-    "llama-3-8b": {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)},
-    "phi-3-medium": {"qkv": (5120, 7680), "o": (5120, 5120), "gate_up": (5120, 35840), "down": (17920, 5120)},
-    "llama-3-70b": {"qkv": (8192, 10240), "o": (8192, 8192), "gate_up": (8192, 57344), "down": (28672, 8192)},
-}
 FORMATS = ("uniform", "codebook")
 _CACHE_TIMES = 4  # the copies of a matrix together, in sizes of the L2 cache
 _REPLAYS = 30
@@ -112,11 +107,11 @@ def heavy_tailed(tokens: int, in_features: int) -> Tensor:
 
 def shapes_of(text: str) -> dict[str, tuple[int, int]]:
     """Return the matrices of a model's name, or the one of "IN,OUT". Raises DecDECError for another text."""
-    if text in SHAPES:
-        return SHAPES[text]
+    if text in MODELS:
+        return matrices_of(config_of(text))
     parts = text.split(",")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise DecDECError(f"shapes must be {', '.join(SHAPES)} or IN,OUT, got {text}{suggest(text, SHAPES)}")
+        raise DecDECError(f"shapes must be {', '.join(MODELS)} or IN,OUT, got {text}{suggest(text, MODELS)}")
     return {"matrix": (int(parts[0]), int(parts[1]))}
 
 

@@ -11,6 +11,7 @@ from conftest import CALIBRATION
 from decdec_core import build_bench, cli
 from decdec_core.build import CalibrationSetup
 from decdec_core.config import WeightQuant
+from decdec_core.shapes import MODELS
 
 SHAPES = {
     "hidden_size": 256,
@@ -24,7 +25,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("method", ["awq", "squeezellm"])
 def test_what_a_build_takes(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(build_bench.SHAPES, "tiny", SHAPES)
+    monkeypatch.setitem(MODELS, "tiny", SHAPES)
     cost = build_bench.build_cost("tiny", 3, WeightQuant(method, 3), CALIBRATION, "cpu", tmp_path)
     row = cost.to_dict()
     assert len(row["seconds"]) == 3
@@ -40,7 +41,7 @@ def test_what_a_build_takes(method: str, tmp_path: Path, monkeypatch: pytest.Mon
 def test_hidden_states_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 128 sequences of 512 tokens of 2048 channels are half a gigabyte, of which a batch is held
     shapes = {**SHAPES, "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4}
-    monkeypatch.setitem(build_bench.SHAPES, "wide", shapes)
+    monkeypatch.setitem(MODELS, "wide", shapes)
     setup = CalibrationSetup("pydoc", sequences=128, length=512)
     cost = build_bench.build_cost("wide", 1, WeightQuant("rtn", 3), setup, "cpu", tmp_path)
     states = 128 * 512 * 2048 * 4

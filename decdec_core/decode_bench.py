@@ -1,0 +1,261 @@
+"""Tokens per second of a model, low-bit and in half precision, captured and by transformers' generate."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from decdec_core.calibration import ActivationStatistics
+from decdec_core.config import Compensation, ResidualQuant, WeightQuant, require_int
+from decdec_core.decode import Decoder
+from decdec_core.fusing import fuse
+from decdec_core.linear import DecLinear
+from decdec_core.model import attach, compensation_ledger, dec_layers, set_compensation
+from decdec_core.packing import channel_bytes
+from decdec_core.residuals import QuantizedResidual
+
+_SPREAD = 0.02  # of random weights, as of trained ones
+_RANDOM = "random weights"  # in the place of an artifact's hash
+_CALIBRATED_ON = 64  # tokens
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How decoding is timed. prompt, tokens: before and after. repeats: in turns over all settings; a first
+    one is not counted."""
+
+    prompt: int = 128
+    tokens: int = 256
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        require_int("prompt", self.prompt, 1, 1 << 16)
+        require_int("tokens", self.tokens, 2, 1 << 16)
+        require_int("repeats", self.repeats, 1, 1000)
+
+    def ids(self, vocabulary: int) -> Tensor:
+        """Return the prompt (prompt,) int64, the same for every model of one vocabulary."""
+        draw = torch.Generator().manual_seed(0)
+        return torch.randint(0, vocabulary, (self.prompt,), generator=draw)
+
+
+def random_model(config: Any, weight: WeightQuant | None, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return a model of `config` with random weights, layers of one input fused, on `device`.
+
+    weight: of the decoder blocks' layers, which then are DecLinear with 4-bit residuals; None for plain
+    layers of `dtype`. The statistics are those of random tokens.
+    """
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    fuse(model)
+    blocks = model.get_submodule("model.layers")
+    linears = [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
+    for name in linears if weight is not None else []:
+        assert weight is not None
+        parent, _, leaf = name.rpartition(".")
+        linear = blocks.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        layer = _random_layer(linear.in_features, linear.out_features, weight, device, dtype)
+        setattr(blocks.get_submodule(parent), leaf, layer)
+    _fill(model, device)
+    model.eval().requires_grad_(False)
+    if weight is not None:
+        _take_statistics(model)
+        attach(model, Compensation("none"), _RANDOM)
+    return model
+
+
+def _random_layer(
+    in_features: int, out_features: int, weight: WeightQuant, device: torch.device, dtype: torch.dtype
+) -> DecLinear:
+    bits = int(weight.bits)
+    with torch.device(device):
+        layer = DecLinear(in_features, out_features, weight)
+        layer.codes = torch.randint(-(2**31), 2**31, layer.codes.shape, dtype=torch.int32)
+        if weight.format == "codebook":
+            layer.table = (torch.randn(layer.table.shape) * _SPREAD).sort(1).values.half()
+        else:
+            # codes spread evenly over 2**bits steps, in the mean around zero
+            layer.scales = torch.full_like(layer.scales, _SPREAD * 12**0.5 / 2**bits)
+            half = 2 ** (bits - 1)
+            layer.zeros = torch.randint(half - 1, half + 1, layer.zeros.shape, dtype=torch.uint8)
+        residual = torch.randint(0, 256, (in_features, channel_bytes(out_features, 4)), dtype=torch.uint8)
+    scale = torch.full((out_features,), _SPREAD / 2**bits / 7)
+    layer.residual = QuantizedResidual(residual.cpu(), scale, ResidualQuant(4))
+    return layer.to(device=device, dtype=dtype)
+
+
+def _fill(model: Any, device: torch.device) -> None:
+    """Give everything that is still on the meta device random values, norms ones."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                value = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+                if parameter.dim() > 1:
+                    value.normal_(std=_SPREAD)
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+    rotary = model.get_submodule("model.rotary_emb")
+    model.model.rotary_emb = type(rotary)(config=model.config).to(device)  # its buffers are computed
+    model.tie_weights()
+
+
+@torch.no_grad()
+def _take_statistics(model: Any) -> None:
+    """Measure the layers' inputs on random tokens."""
+
+    def look(layer: DecLinear, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        x = inputs[0].reshape(-1, layer.in_features).float()
+        ranked = x.abs().sort(1, descending=True).values.amax(0)
+        layer.statistics = ActivationStatistics(ranked.cpu(), x.square().mean(0).cpu(), x.mean(0).cpu())
+
+    hooks = [layer.register_forward_hook(look) for layer in dec_layers(model).values()]
+    model(
+        torch.randint(0, model.config.vocab_size, (1, _CALIBRATED_ON), device=model.device), use_cache=False
+    )
+    for hook in hooks:
+        hook.remove()
+
+
+def decode_rows(
+    model: Any, name: str, compensations: Sequence[Compensation], setup: Setup, generate: bool = True
+) -> list[dict[str, Any]]:
+    """Return a row for each of `compensations`, or for a plain model one, and with `generate` one more for
+    transformers' generate without compensation.
+
+    Rows: model (`name`), how ("captured" on a GPU, "eager" on a CPU, or "generate"), selection, k_chunk,
+    n_tb, prompt, tokens, tokens_per_second (median of the repeats), least and most, median_ms, p10_ms and
+    p90_ms of a step, first_ms, slowdown_percent (of the median step against the row of k_chunk 0, None
+    without one), fetched_bytes (a token), gpu_bytes (of weights). A layer's setting "none" comes first.
+    """
+    decoder, ids = Decoder(model, setup.prompt + setup.tokens), setup.ids(model.config.vocab_size)
+    low_bit = bool(dec_layers(model))
+    grid: list[Compensation | None] = list(compensations) if low_bit else [None]
+    runs: list[list[Any]] = [[] for _ in grid]
+    for turn in tqdm(range(setup.repeats + 1), desc=name, unit="turn", leave=False):
+        for compensation, measured in zip(grid, runs, strict=True):
+            if compensation is not None:
+                set_compensation(model, compensation)
+            done = decoder.generate(ids, setup.tokens, stop=())
+            if turn:
+                measured.append(done)
+    rows = [_row(model, name, c, setup, done) for c, done in zip(grid, runs, strict=True)]
+    base = next((row["median_ms"] for row in rows if low_bit and not row["fetched_bytes"]), None)
+    for row in rows:
+        row["slowdown_percent"] = None if base is None else 100 * (row["median_ms"] / base - 1)
+    if generate:
+        rows.append(_generate_row(model, name, setup, ids, rows[0]))
+    return rows
+
+
+def _row(
+    model: Any, name: str, compensation: Compensation | None, setup: Setup, done: Sequence[Any]
+) -> dict[str, Any]:
+    rates = [run.tokens_per_second for run in done]
+    spreads = [run.spread() for run in done]
+    if compensation is not None:
+        set_compensation(model, compensation)
+    steps = {
+        f"{key}_ms": 1e3 * statistics.median(s[f"{key}_s"] for s in spreads)
+        for key in ("median", "p10", "p90")
+    }
+    return {
+        "model": name,
+        "how": "captured" if model.device.type == "cuda" else "eager",
+        **_setting(compensation),
+        "prompt": setup.prompt,
+        "tokens": setup.tokens,
+        "tokens_per_second": statistics.median(rates),
+        "least": min(rates),
+        "most": max(rates),
+        **steps,
+        "first_ms": 1e3 * statistics.median(run.first_s for run in done),
+        "fetched_bytes": compensation_ledger(model)["bytes_per_token"] if compensation else 0,
+        "gpu_bytes": weight_bytes(model),
+    }
+
+
+def _setting(compensation: Compensation | None) -> dict[str, Any]:
+    if compensation is None:
+        return {"selection": None, "k_chunk": None, "n_tb": None}
+    return {
+        "selection": compensation.selection,
+        "k_chunk": list(compensation.k_chunk),
+        "n_tb": compensation.n_tb,
+    }
+
+
+def weight_bytes(model: Any) -> int:
+    """Return the bytes of parameters and of low-bit weights as the model's device keeps them."""
+    plain = {id(p): p.nbytes for p in model.parameters()}
+    on_gpu = model.device.type == "cuda"
+    layers = dec_layers(model).values()
+    return sum(plain.values()) + sum(layer.kernel_bytes if on_gpu else layer.weight_bytes for layer in layers)
+
+
+def _generate_row(model: Any, name: str, setup: Setup, ids: Tensor, like: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of transformers' generate, by the time of all tokens less that of the first."""
+    if like["selection"] is not None:
+        set_compensation(model, Compensation("none"))
+    run = partial(_generate_s, model, ids)
+    run(2)
+    first = statistics.median(run(1) for _ in range(3))
+    whole = [run(setup.tokens) - first for _ in range(min(2, setup.repeats))]
+    rates = [(setup.tokens - 1) / seconds for seconds in whole]
+    kept = {key: like[key] for key in ("model", "n_tb", "prompt", "tokens", "gpu_bytes")}
+    none = {"selection": "none", "k_chunk": [0, 0, 0, 0]} if like["selection"] is not None else _setting(None)
+    return {
+        **kept,
+        **none,
+        "how": "generate",
+        "tokens_per_second": statistics.median(rates),
+        "least": min(rates),
+        "most": max(rates),
+        "median_ms": 1e3 / statistics.median(rates),
+        "p10_ms": None,
+        "p90_ms": None,
+        "first_ms": 1e3 * first,
+        "fetched_bytes": 0,
+        "slowdown_percent": None,
+    }
+
+
+@torch.no_grad()
+def _generate_s(model: Any, ids: Tensor, tokens: int) -> float:
+    prompt = ids[None].to(model.device)
+    start = time.perf_counter()
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def step_profile(decoder: Decoder, ids: Tensor, steps: int = 16) -> list[dict[str, Any]]:
+    """Return where a captured step's time goes: for each kernel its "us" and "launches" in it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    decoder.generate(ids, steps + 1, stop=())
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        decoder.generate(ids, steps + 1, stop=())
+    rows = [
+        {"kernel": event.key, "us": event.device_time_total / steps, "launches": event.count / steps}
+        for event in trace.key_averages()
+        if event.device_time_total > 0
+    ]
+    return sorted(rows, key=lambda row: -row["us"])
