@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +16,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from decdec_core.artifact import require_artifact
 from decdec_core.calibration import ActivationStatistics
-from decdec_core.config import Compensation, ResidualQuant, WeightQuant, require_int
+from decdec_core.config import Compensation, DecDECError, ResidualQuant, WeightQuant, require_int
 from decdec_core.decode import Decoder
 from decdec_core.fusing import fuse
+from decdec_core.kernel_bench import markdown
 from decdec_core.linear import DecLinear
 from decdec_core.model import attach, compensation_ledger, dec_layers, set_compensation
 from decdec_core.packing import channel_bytes
 from decdec_core.residuals import QuantizedResidual
+from decdec_core.shapes import config_of
 
 _SPREAD = 0.02  # of random weights, as of trained ones
 _RANDOM = "random weights"  # in the place of an artifact's hash
@@ -46,6 +51,82 @@ class Setup:
         """Return the prompt (prompt,) int64, the same for every model of one vocabulary."""
         draw = torch.Generator().manual_seed(0)
         return torch.randint(0, vocabulary, (self.prompt,), generator=draw)
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A model of shapes.MODELS with random weights: `blocks` decoder blocks, None for all, in `weight`."""
+
+    shapes: str
+    blocks: int | None
+    weight: WeightQuant
+
+
+def bench_decode(
+    source: RandomModel | Path,
+    device: str,
+    compensations: Sequence[Compensation],
+    setup: Setup,
+    whole: bool = True,
+    profiled: bool = False,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of decode_rows for a random model or an artifact's folder, and a step's kernels.
+
+    float16 on a GPU, float32 on a CPU. whole: also transformers' generate, and a plain model of the same
+    sizes with random weights. profiled: with the last of `compensations`; else there are no kernels. The
+    first of `compensations` is "none". Raises DecDECError where there is no such device.
+    """
+    where, dtype = _place(device)
+    config, name, model = _source(source, where, dtype)
+    rows = decode_rows(model, name, compensations, setup, whole)
+    kernels = []
+    if profiled:
+        if where.type != "cuda":
+            raise DecDECError(f"profile must be of a GPU, got {device}")
+        set_compensation(model, compensations[-1])
+        kernels = step_profile(Decoder(model, setup.prompt + setup.tokens), setup.ids(config.vocab_size))
+    if whole:
+        del model
+        plain = str(dtype).removeprefix("torch.")
+        rows += decode_rows(random_model(config, None, where, dtype), plain, (), setup)
+    return rows, kernels
+
+
+def _place(device: str) -> tuple[torch.device, torch.dtype]:
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise DecDECError("bench decode must have a CUDA device or --device cpu, got no CUDA device")
+    return where, torch.float16 if where.type == "cuda" else torch.float32
+
+
+def _source(source: RandomModel | Path, where: torch.device, dtype: torch.dtype) -> tuple[Any, str, Any]:
+    """Return config, name and model, its layers of one input fused."""
+    if isinstance(source, RandomModel):
+        sizes = config_of(source.shapes, source.blocks, dtype)
+        name = f"{source.shapes}, {source.weight.bits}-bit {source.weight.format}"
+        return sizes, name, random_model(sizes, source.weight, where, dtype)
+    require_artifact(source)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    fuse(model)
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    return config, source.name, model.to(where)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows for people."""
+    head = ["model", "how", "k_chunk", "tokens/s", "least to most", "step ms", "slowdown %", "first token ms"]
+    head += ["KB fetched a token", "weights GB"]
+    body = []
+    for row in rows:
+        k_chunk = "/".join(map(str, row["k_chunk"])) if row["k_chunk"] else ""
+        slower = row["slowdown_percent"]
+        cells = [row["model"], row["how"], k_chunk, f"{row['tokens_per_second']:.1f}"]
+        cells += [f"{row['least']:.1f} to {row['most']:.1f}", f"{row['median_ms']:.3f}"]
+        cells += ["" if slower is None else f"{slower:.1f}", f"{row['first_ms']:.1f}"]
+        cells += [f"{row['fetched_bytes'] / 1e3:.0f}", f"{row['gpu_bytes'] / 1e9:.2f}"]
+        body.append(cells)
+    return markdown(head, body)
 
 
 def random_model(config: Any, weight: WeightQuant | None, device: torch.device, dtype: torch.dtype) -> Any:

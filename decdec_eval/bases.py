@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from decdec_core.build import cached_artifact
-from decdec_core.cli import OneLineParser, bits_of, run_command
+from decdec_core.commandline import OneLineParser, bits_of, run_command
 from decdec_core.config import (
     CHUNK,
     CLUSTERINGS,

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from decdec_core.artifact import is_artifact
 from decdec_core.build import cached_artifact
-from decdec_core.cli import OneLineParser, add_quantization, quantization_of, run_command
+from decdec_core.commandline import OneLineParser, add_quantization, quantization_of, run_command
 from decdec_core.config import (
     Compensation,
     DecDECError,

@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 import pandas as pd
 
-from decdec_core.cli import run_command
+from decdec_core.commandline import run_command
 from decdec_core.config import Compensation, DecDECError
 from decdec_core.files import whole_file, write_text
 

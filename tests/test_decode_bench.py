@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from decdec_core import cli
 from decdec_core.config import Compensation, DecDECError, WeightQuant
 from decdec_core.decode import Decoder
 from decdec_core.decode_bench import Setup, decode_rows, random_model, step_profile, weight_bytes
@@ -94,3 +97,40 @@ def test_refused_setups(option: dict[str, int]) -> None:
     name = next(iter(option))
     with pytest.raises(DecDECError, match=f"{name} must be"):
         Setup(**option)
+
+
+def test_the_command_times_an_artifact(
+    tiny_artifact_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "decode.json"
+    options = ["--device", "cpu", "--prompt", "8", "--tokens", "4", "--repeats", "1", "--json", str(out)]
+    arguments = ["bench", "decode", str(tiny_artifact_dir), "--k-chunk", "8", "64/0/64/0", *options]
+    assert cli.main(arguments) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["model"] for row in rows] == [tiny_artifact_dir.name] * 4 + ["float32"] * 2
+    assert [row["k_chunk"] for row in rows[:3]] == [[0] * 4, [8] * 4, [64, 0, 64, 0]]
+    assert "| tokens/s |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "bench decode must have either DIR or --shapes, got both or neither"),
+        (
+            ["x", "--shapes", "llama-3-8b"],
+            "bench decode must have either DIR or --shapes, got both or neither",
+        ),
+        (["--shapes", "llama-3-8"], "shapes must be one of llama-3-8b"),
+        (["nowhere"], "got nowhere"),
+        (["--shapes", "llama-3-8b", "--k-chunk", "2000"], "k_chunk must be 0..1024, got 2000"),
+    ],
+)
+def test_refused_commands(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "decode", "--device", "cpu", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "decode", "--shapes", "llama-3-8b"]) == 2
+    assert "must have a CUDA device or --device cpu, got no CUDA device" in capsys.readouterr().err
