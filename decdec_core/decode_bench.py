@@ -76,8 +76,8 @@ def bench_decode(
     sizes with random weights. profiled: with the last of `compensations`; else there are no kernels. The
     first of `compensations` is "none". Raises DecDECError where there is no such device.
     """
-    where, dtype = _place(device)
-    config, name, model = _source(source, where, dtype)
+    where, dtype = place(device)
+    config, name, model = load(source, where, dtype)
     rows = decode_rows(model, name, compensations, setup, whole)
     kernels = []
     if profiled:
@@ -92,14 +92,16 @@ def bench_decode(
     return rows, kernels
 
 
-def _place(device: str) -> tuple[torch.device, torch.dtype]:
+def place(device: str) -> tuple[torch.device, torch.dtype]:
+    """Return the device of that name and the dtype that decodes there. Raises DecDECError for a GPU that is
+    not there."""
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise DecDECError("bench decode must have a CUDA device or --device cpu, got no CUDA device")
+        raise DecDECError("decoding on a GPU must have a CUDA device, got none")
     return where, torch.float16 if where.type == "cuda" else torch.float32
 
 
-def _source(source: RandomModel | Path, where: torch.device, dtype: torch.dtype) -> tuple[Any, str, Any]:
+def load(source: RandomModel | Path, where: torch.device, dtype: torch.dtype) -> tuple[Any, str, Any]:
     """Return config, name and model, its layers of one input fused."""
     if isinstance(source, RandomModel):
         sizes = config_of(source.shapes, source.blocks, dtype)

@@ -164,11 +164,14 @@ class DecLinear(nn.Module):
         """Return the float32 weight (out, in) for plain inputs: what a plain linear layer would hold."""
         return for_plain_inputs(self.dequantize(), self.input_scale, self.input_order)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def seen(self, x: Tensor) -> Tensor:
+        """Return the input (..., in) as weight, residual and selection see it: reordered and scaled."""
         if self.input_order is not None:
             x = x.index_select(-1, self.input_order)
-        if self.input_scale is not None:
-            x = x / self.input_scale.to(x.dtype)
+        return x if self.input_scale is None else x / self.input_scale.to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.seen(x)
         tokens = x.reshape(-1, self.in_features)
         if self.step is not None and self.scope.active and self._steps(tokens):
             return self._stepped(tokens.contiguous(), self.step).view(*x.shape[:-1], self.out_features)

@@ -15,8 +15,10 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
+from transformers import AutoConfig
 
-from decdec_core.artifact import is_artifact
+from decdec_core.artifact import Quantization, is_artifact
+from decdec_core.budget import compensation_of, find_budget, profiles_of
 from decdec_core.build import cached_artifact
 from decdec_core.config import (
     WEIGHT_METHODS,
@@ -28,13 +30,15 @@ from decdec_core.config import (
     suggest,
 )
 from decdec_core.model import compensation_ledger, set_compensation
+from decdec_core.profiles import Profile
 from decdec_core.provenance import environment
 from decdec_core.sources import materialize
 from decdec_eval.perplexity import window_nll
 
 FULL = "full"  # method=full: the unquantized model itself, through the same code path
 TOKEN_WINDOWS = "token_windows"  # the request type of tasks/utils.py, and the name of its method here
-_COMPENSATION = ("selection", "k_chunk", "compensate", "seed")
+_COMPENSATION = ("selection", "k_chunk", "compensate", "seed", "n_tb")
+_BUDGET = ("slowdown", "gpu")
 _QUANTIZATION = ("method", "bits", "group_size", "clustering", "residual_bits", "calibration")
 # arguments of from_pretrained that HFLM hands through unnamed
 _FROM_PRETRAINED = (
@@ -54,7 +58,9 @@ class DecDECLM(HFLM):
     """HFLM whose model may be compensated; takes all of HFLM's arguments and these.
 
     pretrained: an artifact's folder, or with `method` a hub id, a folder, a .gguf file or smollm2.
-    selection, k_chunk, compensate, seed: see decdec_core.Compensation.
+    selection, k_chunk, compensate, seed, n_tb: see decdec_core.Compensation.
+    slowdown: percent that a decoding step may take longer, in the place of k_chunk and n_tb, which are then
+    those of a profile: of the GPU at hand, or of `gpu`, a GPU's name or a file that `decdec tune` wrote.
     method ("awq", "rtn", "squeezellm", or "full" for no quantization), bits, group_size, clustering,
     residual_bits, calibration: how a plain model is quantized; built on first use, then reused.
 
@@ -66,14 +72,21 @@ class DecDECLM(HFLM):
         chosen = {name: arguments.pop(name) for name in _COMPENSATION if name in arguments}
         if "selection" in chosen and chosen["selection"] is None:
             chosen["selection"] = "none"  # lm-eval's parser makes None of the word
+        budget = {name: arguments.pop(name) for name in _BUDGET if name in arguments}
+        profiles = _profiles(budget, chosen)
         recipe = {name: arguments.pop(name) for name in _QUANTIZATION if name in arguments}
         self._quantized = recipe.get("method") != FULL
         if not self._quantized:
-            _refuse_with_full({**chosen, **recipe})
+            _refuse_with_full({**chosen, **budget, **recipe})
             chosen["selection"] = "none"
         self.compensation = Compensation(**chosen)
         device = _usable(str(device))
         folder = _resolve(pretrained, recipe, arguments)
+        self.budget = None
+        if profiles:
+            config, weight = _described(folder)
+            self.budget = find_budget(budget["slowdown"], profiles, config, weight)
+            self.compensation = compensation_of(self.budget.budget, **self.compensation.to_dict())
         try:
             super().__init__(pretrained=folder, device=device, **arguments)
         except OSError as error:  # transformers' word for a model that is not there, in several lines
@@ -144,7 +157,8 @@ class DecDECLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """Return HFLM's information and under `decdec` what this result was measured with."""
         ledger = compensation_ledger(self.model) if self._quantized else {"method": FULL, "selection": "none"}
-        stated = {**ledger, "bos": self._bos_policy(), **environment(self.device, "lm_eval")}
+        budget = {} if self.budget is None else {"budget": self.budget.ledger()}
+        stated = {**ledger, **budget, "bos": self._bos_policy(), **environment(self.device, "lm_eval")}
         return {**super().get_model_info(), "decdec": stated}
 
     def _bos_policy(self) -> dict[str, Any]:
@@ -185,13 +199,39 @@ def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
     named = [
         p.name for p in inspect.signature(HFLM.__init__).parameters.values() if p.kind is not p.VAR_KEYWORD
     ]
-    known = ("pretrained", *_COMPENSATION, *_QUANTIZATION, *named[1:], *_FROM_PRETRAINED)
+    known = ("pretrained", *_COMPENSATION, *_BUDGET, *_QUANTIZATION, *named[1:], *_FROM_PRETRAINED)
     for name in arguments:
         if name not in known:
-            own = ", ".join(("pretrained", *_COMPENSATION, *_QUANTIZATION))
+            own = ", ".join(("pretrained", *_COMPENSATION, *_BUDGET, *_QUANTIZATION))
             raise DecDECError(
                 f"model_args must be {own} or an argument of --model hf, got {name!r}{suggest(name, known)}"
             )
+
+
+def _profiles(budget: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Profile]:
+    """Return the profiles that slowdown and gpu name; none where no slowdown is stated."""
+    slowdown = budget.get("slowdown")
+    if slowdown is None:
+        if budget.get("gpu") is not None:
+            raise DecDECError(f"gpu must be with slowdown, got gpu={budget['gpu']} alone")
+        return []
+    if not isinstance(slowdown, (int, float)) or isinstance(slowdown, bool) or not 0 <= slowdown < 1000:
+        raise DecDECError(f"slowdown must be 0 to 1000 percent, got {slowdown!r}")
+    for name in ("k_chunk", "n_tb"):
+        if name in chosen:
+            raise DecDECError(f"{name} must be absent with slowdown, which sets it, got {chosen[name]!r}")
+    if chosen.get("selection") == "none":
+        raise DecDECError("selection must compensate something at a slowdown, got 'none'")
+    gpu = budget.get("gpu")
+    return profiles_of(None if gpu is None else str(gpu))
+
+
+def _described(folder: str) -> tuple[Any, WeightQuant]:
+    """Return config and weight of an artifact."""
+    config = AutoConfig.from_pretrained(folder)
+    stored = config.quantization_config
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    return config, Quantization.from_dict(values).weight
 
 
 def _refuse_with_full(arguments: Mapping[str, Any]) -> None:

@@ -13,8 +13,10 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
+from decdec_core import cli
 from decdec_core.config import DecDECError
-from decdec_core.model import compensation_ledger, set_compensation
+from decdec_core.model import compensation_ledger, set_compensation, state_of
+from decdec_core.profiles import choice_for, read_profile
 from decdec_eval import lm_model, plugin
 from decdec_eval.lm_model import DecDECLM
 
@@ -57,6 +59,18 @@ REFUSED = [
     ({"k_chunk": "8/8/16"}, "k_chunk must be one number or four as qkv/o/gate_up/down, got '8/8/16'"),
     ({"k_chunk": "8/8/16/x"}, "k_chunk must be 0..1024, got 'x'"),
     ({"selection": "dynamc"}, r"selection must be one of .*, got 'dynamc' \(did you mean 'dynamic'\?\)"),
+    ({"slowdown": -1, "gpu": "rtx-4090"}, "slowdown must be 0 to 1000 percent, got -1"),
+    ({"slowdown": "much", "gpu": "rtx-4090"}, "slowdown must be 0 to 1000 percent, got 'much'"),
+    ({"slowdown": True, "gpu": "rtx-4090"}, "slowdown must be 0 to 1000 percent, got True"),
+    (
+        {"slowdown": 5, "gpu": "rtx-4091"},
+        r"gpu must be one of .*, got 'rtx-4091' \(did you mean 'rtx-4090'\?\)",
+    ),
+    ({"slowdown": 5, "gpu": "no/where.json"}, "profile no/where.json must be a file, got none"),
+    ({"gpu": "rtx-4090"}, "gpu must be with slowdown, got gpu=rtx-4090 alone"),
+    ({"slowdown": 5, "gpu": "rtx-4090", "k_chunk": 8}, "k_chunk must be absent with slowdown"),
+    ({"slowdown": 5, "gpu": "rtx-4090", "n_tb": 8}, "n_tb must be absent with slowdown"),
+    ({"slowdown": 5, "gpu": "rtx-4090", "selection": "none"}, "selection must compensate something at a"),
     ({"compensate": "some"}, "compensate must be one of all, decode, auto, got 'some'"),
     ({"seed": -1}, "seed must be 0.*, got -1"),
     ({"kchunk": 8}, r"got 'kchunk' \(did you mean 'k_chunk'\?\)"),
@@ -224,6 +238,54 @@ def test_ledger(dynamic: DecDECLM) -> None:
     assert ledger["versions"]["torch"] == torch.__version__
     assert ledger["hardware"]
     assert info["model_num_parameters"] == dynamic.model.num_parameters()
+
+
+@pytest.fixture(scope="module")
+def profile_file(tiny_artifact_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("profile") / "mine.json"
+    # a memory so slow that even this model's products leave time to fetch
+    numbers = ["--gpu", "slow", "--memory-gb-s", "0.5", "--link-gb-s", "0.1"]
+    arguments = [*numbers, "--slowdown", "5", "20", "--out", str(out)]
+    assert cli.main(["tune", str(tiny_artifact_dir), *arguments]) == 0
+    return out
+
+
+@pytest.mark.parametrize("slowdown", [5, 20, 12.5])
+def test_a_slowdown_takes_the_budget_of_a_profile(
+    slowdown: float, tiny_artifact_dir: Path, profile_file: Path
+) -> None:
+    lm = load(tiny_artifact_dir, slowdown=slowdown, gpu=str(profile_file), selection="exact", seed=3)
+    budget = choice_for(read_profile(profile_file), slowdown)
+    assert any(budget.k_chunk)
+    compensation = state_of(lm.model).compensation
+    assert compensation == lm.compensation
+    assert compensation.k_chunk == budget.k_chunk
+    assert (compensation.selection, compensation.seed) == ("exact", 3)
+    assert compensation.n_tb == (budget.n_tb or 16)
+    ledger = lm.get_model_info()["decdec"]
+    assert ledger["k_chunk"] == list(budget.k_chunk)
+    assert ledger["budget"] == {
+        "slowdown_percent": slowdown,
+        "profile_gpu": "slow",
+        "profile_model": tiny_artifact_dir.name,
+        "profile_bits": 3,
+        "profile": "predicted",
+        "predicted_percent": budget.predicted_percent,
+        "measured_percent": None,
+        "objective": "speed",
+    }
+
+
+def test_a_slowdown_without_a_profile_of_the_model_is_refused(tiny_artifact_dir: Path) -> None:
+    message = "a profile of rtx-4090 must be one of llama-3-8b 3 bits uniform predicted, .*, got qkv 160x480"
+    with pytest.raises(DecDECError, match=message):
+        load(tiny_artifact_dir, slowdown=5, gpu="rtx-4090")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_slowdown_needs_a_gpus_name_where_there_is_none(tiny_artifact_dir: Path) -> None:
+    with pytest.raises(DecDECError, match="slowdown must be with gpu=NAME, or gpu=FILE of `decdec tune`"):
+        load(tiny_artifact_dir, slowdown=5)
 
 
 def test_bos_is_stated_as_it_happens(tiny_artifact_dir: Path) -> None:

@@ -1,0 +1,154 @@
+"""A stated slowdown -> what to compensate on this GPU, measured on whole decoding steps."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from decdec_core.budget import compensation_of
+from decdec_core.config import Compensation, WeightQuant
+from decdec_core.decode import Decoder
+from decdec_core.decode_bench import Setup
+from decdec_core.kernel_bench import markdown
+from decdec_core.model import set_compensation
+from decdec_core.profiles import Budget, Profile, key_of, shapes_of_model
+from decdec_core.provenance import environment
+from decdec_core.timing import N_TB, measure
+from decdec_core.tuner import Choice, TimingTable, best_round, correct, is_met, search, search_quality
+
+_MOST_ROUNDS = 6  # of one target
+_TURNS = 3  # of with and without, for one measurement
+
+Energy = Mapping[str, Sequence[float]]
+
+
+def budgets(
+    table: TimingTable,
+    targets: Sequence[float],
+    percent_of: Callable[[Choice], float],
+    energy: Energy | None = None,
+) -> list[Budget]:
+    """Return the choice for each target that was measured within tuner.TOLERANCE_POINTS of it, or else the
+    nearest that is not over by more.
+
+    percent_of: measures the slowdown of a decoding step in percent. energy: maximise it, see
+    tuner.search_quality; without it the paper's search. The search's own target is corrected from round to
+    round, because the linear layers are a part of the step only (tuner.correct).
+    """
+    return [_budget(table, target, percent_of, energy) for target in targets]
+
+
+def _budget(
+    table: TimingTable, target: float, percent_of: Callable[[Choice], float], energy: Energy | None
+) -> Budget:
+    history: list[tuple[float, float]] = []
+    choices: list[Choice] = []
+    for _ in range(_MOST_ROUNDS):
+        internal = correct(target, history)
+        choice = search(table, internal) if energy is None else search_quality(table, internal, energy)
+        settings = [(known.n_tb, known.k_chunk) for known in choices]
+        if (choice.n_tb, choice.k_chunk) in settings:
+            measured = history[settings.index((choice.n_tb, choice.k_chunk))][1]
+        else:
+            measured = percent_of(choice) if any(choice.k_chunk) else 0.0
+        history.append((internal, measured))
+        choices.append(choice)
+        if is_met(target, measured):
+            break
+    best = best_round(target, history)
+    if best is None:
+        return Budget(target, 0, (0, 0, 0, 0), 0.0, 0.0, choices[0].objective)
+    return Budget.of(target, choices[best], round(history[best][1], 3))
+
+
+class Steps:
+    """Measures decoding steps of a model: `percent_of` for budgets."""
+
+    def __init__(self, model: Any, setup: Setup, selection: str = "dynamic") -> None:
+        self.model, self.setup, self.selection = model, setup, selection
+        self.decoder = Decoder(model, setup.prompt + setup.tokens)
+        self.ids = setup.ids(model.config.vocab_size)
+        self.progress = tqdm(desc="measuring steps", unit="setting")
+
+    def percent_of(self, choice: Choice) -> float:
+        """Return the slowdown of a step in percent, by medians of runs in turns with and without."""
+        settings = (Compensation("none"), compensation_of(choice, selection=self.selection))
+        runs: tuple[list[float], list[float]] = ([], [])
+        for _ in range(_TURNS):
+            for compensation, measured in zip(settings, runs, strict=True):
+                set_compensation(self.model, compensation)
+                done = self.decoder.generate(self.ids, self.setup.tokens, stop=())
+                measured.append(done.spread()["median_s"])
+        self.progress.update()
+        without, with_ = (statistics.median(measured) for measured in runs)
+        return 100 * (with_ / without - 1)
+
+
+def tuned_profile(
+    profile: Profile, model: Any, targets: Sequence[float], setup: Setup, energy: Energy | None = None
+) -> Profile:
+    """Return `profile`, which has measured rows, with a budget for each target, measured on `model`."""
+    steps = Steps(model, setup, profile.selection)
+    found = budgets(profile.table(), targets, steps.percent_of, energy)
+    steps.progress.close()
+    set_compensation(model, Compensation("none"))
+    return replace(profile, choices=[*profile.choices, *found])
+
+
+def measured_profile(
+    model: str, config: Any, weight: WeightQuant, selection: str = "dynamic", n_tb: Sequence[int] = N_TB
+) -> Profile:
+    """Return the profile of the current CUDA device for a model of these sizes, its rows measured, without
+    budgets.
+
+    model: its name. config: of transformers. Raises DecDECError without a CUDA device, and for bits that the
+    kernels do not have.
+    """
+    shapes, bits = shapes_of_model(config), weight.widths[0]
+    rows = measure(shapes, bits, weight.format, n_tb, selection=selection)
+    device = torch.device("cuda")
+    name = torch.cuda.get_device_name(device)
+    return Profile(
+        gpu=name,
+        gpu_key=key_of(name),
+        driver=driver_version(),
+        model=model,
+        shapes=shapes,
+        blocks=config.num_hidden_layers,
+        bits=bits,
+        format=weight.format,
+        selection=selection,
+        predicted=False,
+        base_us={row["kind"]: row["time_us"] for row in rows if not row["k_chunk"]},
+        rows=rows,
+        choices=[],
+        environment=environment(device),
+    )
+
+
+def driver_version() -> str | None:
+    """Return the version of the NVIDIA driver, None where its tool does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.split("\n")[0].strip() or None
+
+
+def table_of(profile: Profile) -> str:
+    """Return the budgets for people."""
+    head = ["slowdown %", "objective", "n_tb", "k_chunk", "predicted %", "measured %"]
+    body = []
+    for budget in profile.choices:
+        measured = "" if budget.measured_percent is None else f"{budget.measured_percent:.2f}"
+        k_chunk = "/".join(map(str, budget.k_chunk))
+        cells = [f"{budget.target_percent:g}", budget.objective, str(budget.n_tb), k_chunk]
+        body.append([*cells, f"{budget.predicted_percent:.2f}", measured])
+    return f"{profile.gpu}: {profile.about()}\n\n{markdown(head, body)}"

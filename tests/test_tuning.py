@@ -1,0 +1,179 @@
+"""From a slowdown to budgets: the loop on made-up steps, and the command with predictions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from decdec_core import cli, tuning
+from decdec_core.budget import compensation_of
+from decdec_core.config import PROJECTION_KINDS, DecDECError
+from decdec_core.decode_bench import Setup
+from decdec_core.fusing import fuse
+from decdec_core.model import state_of
+from decdec_core.profiles import Budget, Profile, read_profile, shapes_of_model
+from decdec_core.tuner import Choice, TimingTable
+from decdec_core.tuning import budgets, tuned_profile
+
+SHAPES = {"qkv": (1024, 1024), "o": (1024, 512), "gate_up": (1024, 4096), "down": (2048, 1024)}
+
+
+def rows() -> list[dict[str, Any]]:
+    """Return times of 10 us each, of which the first 8 channels are free and each further one costs 0.1."""
+    found = [{"kind": kind, "n_tb": 0, "k_chunk": 0, "time_us": 10.0} for kind in PROJECTION_KINDS]
+    for kind in PROJECTION_KINDS:
+        for k_chunk, time_us in ((1, 10.0), (8, 10.0), (208, 30.0)):
+            found.append({"kind": kind, "n_tb": 8, "k_chunk": k_chunk, "time_us": time_us})
+    return found
+
+
+TABLE = TimingTable.from_rows(rows(), SHAPES)
+
+
+def linear_percent(choice: Choice) -> float:
+    """Return the slowdown of the four products as the table has it."""
+    return 100 * (TABLE.time_us(choice.n_tb, choice.k_chunk) / 40 - 1)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.3])
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_the_search_is_corrected_until_steps_meet_the_target(share: float, offset: float) -> None:
+    """A step of which the products are a share, with what else compensation costs it."""
+    measured: list[Choice] = []
+
+    def percent_of(choice: Choice) -> float:
+        measured.append(choice)
+        return share * linear_percent(choice) + offset
+
+    targets = [5.0, 10.0, 20.0]
+    for target, budget in zip(targets, budgets(TABLE, targets, percent_of), strict=True):
+        assert budget.target_percent == target
+        assert abs(budget.measured_percent - target) <= 1
+        assert budget.measured_percent == pytest.approx(percent_of(_choice(budget)), abs=1e-3)
+    assert len(measured) <= 6 * 3 + 3
+
+
+def _choice(budget: Budget) -> Choice:
+    return Choice(budget.n_tb, budget.k_chunk, budget.predicted_percent, budget.objective)
+
+
+def test_where_nothing_fits_nothing_is_compensated() -> None:
+    (budget,) = budgets(TABLE, [2.5], lambda _choice: 50.0)
+    assert budget.n_tb == 0
+    assert budget.k_chunk == (0, 0, 0, 0)
+    assert budget.measured_percent == 0
+    assert compensation_of(budget).n_tb == 16
+
+
+def test_a_setting_is_measured_once() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def percent_of(choice: Choice) -> float:
+        seen.append(choice.k_chunk)
+        return 4.0 if choice.k_chunk[0] < 40 else 40.0  # a step that no setting meets
+
+    (budget,) = budgets(TABLE, [20.0], percent_of)
+    assert budget.measured_percent == 4.0
+    assert len(set(seen)) == len(seen)
+
+
+def test_quality_takes_what_removes_most() -> None:
+    energy = {kind: [0.0] * 209 for kind in PROJECTION_KINDS}
+    energy["down"] = list(range(209))
+    (budget,) = budgets(TABLE, [10.0], linear_percent, energy)
+    # 4 us, at 0.1 each, all for the one that gains; the others have what is free or nothing
+    assert budget.k_chunk[3] == 48
+    assert budget.objective == "quality"
+
+
+def test_a_profile_is_tuned_on_a_model(tiny_artifact_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_artifact_dir, dtype=torch.float32)
+    fuse(model)
+    asked: list[Any] = []
+
+    def generate(decoder: Any, *_arguments: Any, **_options: Any) -> Any:
+        compensation = state_of(decoder.model).compensation
+        asked.append(compensation)
+        seconds = 1.0 + sum(compensation.k_chunk) / 1000
+        return type("Run", (), {"spread": lambda self: {"median_s": seconds}})()
+
+    monkeypatch.setattr(tuning.Decoder, "generate", generate)
+    shapes = shapes_of_model(model.config)
+    profile = Profile(
+        *("gpu", "gpu", None, "tiny", shapes, 2, 3, "uniform", "dynamic", False),
+        base_us=dict.fromkeys(PROJECTION_KINDS, 10.0),
+        rows=rows(),
+        choices=[],
+    )
+    tuned = tuned_profile(profile, model, [10.0, 20.0], Setup(8, 4))
+    for budget in tuned.choices:
+        assert budget.measured_percent == pytest.approx(sum(budget.k_chunk) / 10, abs=1e-3)
+        assert abs(budget.measured_percent - budget.target_percent) <= 1
+    assert asked[0].selection == "none"
+    assert asked[1].n_tb == 8
+    assert state_of(model).compensation.selection == "none"
+
+
+def test_the_command_predicts(
+    tiny_artifact_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, figure = tmp_path / "p.json", tmp_path / "p.png"
+    arguments = ["tune", str(tiny_artifact_dir), "--gpu", "rtx-4050-mobile", "--slowdown", "5", "20"]
+    assert cli.main([*arguments, "--out", str(out), "--figure", str(figure)]) == 0
+    profile = read_profile(out)
+    assert profile.predicted
+    assert profile.model == tiny_artifact_dir.name
+    assert [budget.target_percent for budget in profile.choices] == [5, 20]
+    assert all(budget.measured_percent is None for budget in profile.choices)
+    assert "3 bits uniform predicted" in capsys.readouterr().out
+    assert figure.stat().st_size > 10_000
+
+
+def test_the_command_predicts_for_quality_and_for_numbers(tiny_artifact_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    numbers = ["--gpu", "mine", "--memory-gb-s", "300", "--link-gb-s", "12"]
+    quality = ["--objective", "quality", "--calibration", "pydoc", "--calibration-sequences", "1"]
+    assert cli.main(["tune", str(tiny_artifact_dir), *numbers, *quality, "--out", str(out)]) == 0
+    values = json.loads(out.read_text())
+    assert values["gpu"] == "mine"
+    assert {choice["objective"] for choice in values["choices"]} == {"quality"}
+    assert [choice["target_percent"] for choice in values["choices"]] == [2.5, 5, 10, 20]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "tune must have either DIR or --shapes, got both or neither"),
+        (["--shapes", "llama-3-8b", "--objective", "quality"], "objective quality must be with an artifact"),
+        (["--shapes", "llama-3-8b", "--link-gb-s", "3"], "--link-gb-s must be with --gpu NAME, got no name"),
+        (
+            ["--shapes", "llama-3-8b", "--gpu", "x", "--link-gb-s", "3"],
+            "must have --memory-gb-s and --link-gb-s",
+        ),
+        (["--shapes", "llama-3-8b", "--gpu", "rtx-4050"], "got 'rtx-4050' (did you mean 'rtx-4"),
+        (["--shapes", "llama-3-8b", "--gpu", "rtx-4090", "--slowdown", "-1"], "slowdown must be 0 to 1000"),
+        (["nowhere", "--gpu", "rtx-4090"], "got nowhere"),
+    ],
+)
+def test_refused_commands(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["tune", *arguments, "--out", str(tmp_path / "p.json")]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_measuring_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", "--shapes", "llama-3-8b", "--out", str(tmp_path / "p.json")]) == 2
+    assert "must have a CUDA device, got none" in capsys.readouterr().err
+
+
+def test_an_unknown_target_in_a_profile_is_refused() -> None:
+    with pytest.raises(DecDECError, match="target_percent must be 0 or more, got -1"):
+        Budget(-1.0, 8, (1, 1, 1, 1), 0.0)
