@@ -24,6 +24,7 @@ from decdec_core.config import (
 )
 
 OBJECTIVES = ("speed", "quality")
+_FLAT = 1.05
 TOLERANCE_POINTS = 1.0  # by which a measured slowdown may miss its target, in points of percent
 _ROUNDING = 1e-9  # of a sum: what is within the target but for rounding is within it
 _DIGITS = 9  # of a microsecond: times that agree in them are equal
@@ -108,6 +109,16 @@ class TimingTable:
         if not any(k_chunk):
             return float(self.base_us.sum())
         return float(np.sum([curve[k] for curve, k in zip(self.curves[n_tb], k_chunk, strict=True)]))
+
+    def knees(self) -> dict[str, int]:
+        """Return, for each kind, up to which k_chunk time stays within 5 % of that of the first, at the
+        n_tb with the most: from there on the transfer is what takes the time."""
+        found = dict.fromkeys(PROJECTION_KINDS, 0)
+        for curves in self.curves.values():
+            for (kind, known), curve in zip(found.items(), curves, strict=True):
+                flat = int(np.searchsorted(curve, _FLAT * curve[1], side="right")) - 1
+                found[kind] = max(known, flat)
+        return found
 
     def choice(self, n_tb: int, k_chunk: Sequence[int], objective: str) -> Choice:
         """Return a choice, with k_chunk 0 where it gives no channel, and its slowdown as the table has it."""

@@ -16,6 +16,7 @@ from decdec_core.config import Compensation, WeightQuant
 from decdec_core.decode import Decoder
 from decdec_core.decode_bench import Setup
 from decdec_core.kernel_bench import markdown
+from decdec_core.latency import GPUS, knee
 from decdec_core.model import set_compensation
 from decdec_core.profiles import Budget, Profile, key_of, shapes_of_model
 from decdec_core.provenance import environment
@@ -151,4 +152,8 @@ def table_of(profile: Profile) -> str:
         k_chunk = "/".join(map(str, budget.k_chunk))
         cells = [f"{budget.target_percent:g}", budget.objective, str(budget.n_tb), k_chunk]
         body.append([*cells, f"{budget.predicted_percent:.2f}", measured])
-    return f"{profile.gpu}: {profile.about()}\n\n{markdown(head, body)}"
+    knees = ", ".join(f"{kind} {k_chunk}" for kind, k_chunk in profile.table().knees().items())
+    lines = [f"{profile.gpu}: {profile.about()}", f"knees: {knees}"]
+    if profile.gpu_key in GPUS:
+        lines[1] += f"; of the two bandwidths {knee(GPUS[profile.gpu_key], profile.bits):.1f}"
+    return "\n".join([*lines, "", markdown(head, body)])

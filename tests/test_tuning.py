@@ -62,6 +62,11 @@ def _choice(budget: Budget) -> Choice:
     return Choice(budget.n_tb, budget.k_chunk, budget.predicted_percent, budget.objective)
 
 
+def test_knees_are_where_time_begins_to_rise() -> None:
+    # 5 % of 10 us are five channels more than the eight that are free
+    assert TABLE.knees() == dict.fromkeys(PROJECTION_KINDS, 13)
+
+
 def test_where_nothing_fits_nothing_is_compensated() -> None:
     (budget,) = budgets(TABLE, [2.5], lambda _choice: 50.0)
     assert budget.n_tb == 0
@@ -130,7 +135,9 @@ def test_the_command_predicts(
     assert profile.model == tiny_artifact_dir.name
     assert [budget.target_percent for budget in profile.choices] == [5, 20]
     assert all(budget.measured_percent is None for budget in profile.choices)
-    assert "3 bits uniform predicted" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "3 bits uniform predicted" in printed
+    assert "; of the two bandwidths 64.0" in printed
     assert figure.stat().st_size > 10_000
 
 
