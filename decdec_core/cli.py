@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a refused input prints one line to standard error and returns 2."""
     options, unknown = _parser().parse_known_args(arguments)
     options.parser.refuse(unknown)
-    return run_command(lambda: options.run(options))
+    return run_command(lambda: options.run(options), resumes=options.run is _build)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,10 +11,13 @@ from decdec_core.commandline import (
     add_calibration_size,
     add_quantization,
     json_file,
+    picture_file,
     quantization_of,
 )
 from decdec_core.config import (
     DEFAULT_N_TB,
+    FORMATS,
+    KERNEL_BITS,
     SELECTIONS,
     WEIGHT_BITS,
     Compensation,
@@ -109,14 +112,14 @@ def _add_bench_kernels(kernels: argparse.ArgumentParser) -> None:
         default="llama-3-8b",
         help="llama-3-8b, phi-3-medium, llama-3-70b, or one matrix as IN,OUT",
     )
-    kernels.add_argument("--bits", type=int, nargs="+", default=[3, 4], choices=(2, 3, 4))
+    kernels.add_argument("--bits", type=int, nargs="+", default=[3, 4], choices=KERNEL_BITS)
     kernels.add_argument("--formats", nargs="+", default=["uniform", "codebook"], metavar="FORMAT")
     kernels.add_argument("--n-tb", type=int, nargs="+", default=[8, 16], help="thread blocks that fetch")
     kernels.add_argument("--k-chunk", type=int, nargs="+", default=[8], metavar="K")
     kernels.add_argument("--selections", nargs="+", default=["dynamic"], metavar="SELECTION")
     kernels.add_argument("--tokens", type=int, default=1)
     kernels.add_argument("--json", type=json_file, metavar="FILE", help="write the rows there too")
-    kernels.add_argument("--plot", type=Path, metavar="FILE", help="draw time against k_chunk there")
+    kernels.add_argument("--plot", type=picture_file, metavar="FILE", help="draw time against k_chunk there")
     kernels.set_defaults(run=_bench_kernels, parser=kernels)
 
 
@@ -129,7 +132,7 @@ def _add_bench_prefill(prefill: argparse.ArgumentParser) -> None:
     prefill.add_argument("--tokens", type=int, default=2048)
     prefill.add_argument("--blocks", type=int, default=3, help="of those matrices, one after the other")
     prefill.add_argument("--k-chunk", type=int, default=16, metavar="K")
-    prefill.add_argument("--bits", type=int, default=3, choices=(2, 3, 4))
+    prefill.add_argument("--bits", type=int, default=3, choices=KERNEL_BITS)
     prefill.add_argument(
         "--selections", nargs="+", default=["none", "static", "dynamic", "exact"], metavar="SELECTION"
     )
@@ -138,13 +141,7 @@ def _add_bench_prefill(prefill: argparse.ArgumentParser) -> None:
 
 
 def _add_bench_decode(decode: argparse.ArgumentParser) -> None:
-    decode.add_argument("directory", type=Path, metavar="DIR", nargs="?", help="an artifact, or --shapes")
-    decode.add_argument("--shapes", help="a random model of these sizes, such as llama-3-8b")
-    decode.add_argument("--blocks", type=int, help="of the random model (default: all)")
-    decode.add_argument("--bits", type=int, default=3, choices=WEIGHT_BITS, help="of the random model")
-    decode.add_argument(
-        "--format", default="uniform", choices=("uniform", "codebook"), help="of the random model"
-    )
+    add_random_model(decode)
     decode.add_argument("--selection", default="dynamic", choices=SELECTIONS)
     decode.add_argument("--k-chunk", nargs="+", default=["8"], metavar="K", help="each one setting")
     decode.add_argument("--n-tb", type=int, default=DEFAULT_N_TB, help="thread blocks that fetch")
@@ -164,9 +161,7 @@ def _bench_decode(options: argparse.Namespace) -> None:
     setup = Setup(options.prompt, options.tokens, options.repeats)
     settings = [Compensation("none")]
     settings += [Compensation(options.selection, k, n_tb=options.n_tb) for k in options.k_chunk]
-    if (options.shapes is None) == (options.directory is None):
-        raise DecDECError("bench decode must have either DIR or --shapes, got both or neither")
-    source = random_source(options) if options.shapes is not None else options.directory
+    source = source_of(options, "bench decode")
     rows, kernels = bench_decode(
         source,
         options.device,
@@ -180,12 +175,28 @@ def _bench_decode(options: argparse.Namespace) -> None:
     save(options.profile, kernels, options.device)
 
 
-def random_source(options: argparse.Namespace) -> RandomModel:
-    """Return the random model that --shapes, --blocks, --bits and --format say."""
+def add_random_model(parser: argparse.ArgumentParser) -> None:
+    """Add a DIR, and the options of the random model in its place that source_of reads."""
+    parser.add_argument("directory", type=Path, metavar="DIR", nargs="?", help="an artifact, or --shapes")
+    parser.add_argument("--shapes", help="a random model of these sizes, such as llama-3-8b")
+    parser.add_argument("--blocks", type=int, help="of the random model (default: all)")
+    parser.add_argument("--bits", type=int, choices=KERNEL_BITS, help="of the random model (default 3)")
+    parser.add_argument("--format", choices=FORMATS, help="of the random model (default uniform)")
+
+
+def source_of(options: argparse.Namespace, command: str) -> RandomModel | Path:
+    """Return the random model or the artifact's folder that the options of add_random_model say."""
     from decdec_core.decode_bench import RandomModel
 
+    if (options.shapes is None) == (options.directory is None):
+        raise DecDECError(f"{command} must have either DIR or --shapes, got both or neither")
+    if options.directory is not None:
+        for name in ("blocks", "bits", "format"):
+            if getattr(options, name) is not None:
+                raise DecDECError(f"--{name} must be absent with DIR, got {getattr(options, name)}")
+        return options.directory
     method = "squeezellm" if options.format == "codebook" else "rtn"
-    return RandomModel(options.shapes, options.blocks, WeightQuant(method, options.bits))
+    return RandomModel(options.shapes, options.blocks, WeightQuant(method, options.bits or 3))
 
 
 def _add_bench_forward(forward: argparse.ArgumentParser) -> None:

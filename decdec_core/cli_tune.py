@@ -7,10 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decdec_core.commandline import json_file
+from decdec_core.cli_bench import add_random_model, source_of
+from decdec_core.commandline import json_file, picture_file
 from decdec_core.config import DecDECError, WeightQuant
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from decdec_core.decode_bench import RandomModel
     from decdec_core.profiles import Profile
     from decdec_core.tuning import Energy
 
@@ -20,11 +24,7 @@ _MORE = ("memory_gb_s", "link_gb_s", "link_latency_us")  # of a GPU that is not 
 
 def add_tune(tune: argparse.ArgumentParser) -> None:
     """Add the options of tune."""
-    tune.add_argument("directory", type=Path, metavar="DIR", nargs="?", help="an artifact, or --shapes")
-    tune.add_argument("--shapes", help="a random model of these sizes, such as llama-3-8b")
-    tune.add_argument("--blocks", type=int, help="of the random model (default: all)")
-    tune.add_argument("--bits", type=int, default=3, choices=(2, 3, 4), help="of the random model")
-    tune.add_argument("--format", default="uniform", choices=("uniform", "codebook"), help="of it, too")
+    add_random_model(tune)
     tune.add_argument("--slowdown", type=float, nargs="+", default=[2.5, 5.0, 10.0, 20.0], metavar="PERCENT")
     tune.add_argument(
         "--objective", default="speed", choices=("speed", "quality"), help="quality needs an artifact"
@@ -38,17 +38,18 @@ def add_tune(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--calibration", default="auto", metavar="TEXT", help="for --objective quality")
     tune.add_argument("--calibration-sequences", type=int, default=4, metavar="N", help="of 512 tokens")
     tune.add_argument("--out", type=json_file, required=True, metavar="FILE", help="the profile")
-    tune.add_argument("--figure", type=json_file, metavar="FILE", help="draw time against k_chunk there")
+    tune.add_argument("--figure", type=picture_file, metavar="FILE", help="draw time against k_chunk there")
+    tune.add_argument("--json", type=json_file, metavar="FILE", help="write a row for each slowdown there")
     tune.set_defaults(run=_tune, parser=tune)
 
 
 def _tune(options: argparse.Namespace) -> None:
+    from decdec_core.files import write_json
     from decdec_core.profiles import write_profile
     from decdec_core.tune_figure import draw
-    from decdec_core.tuning import table_of
+    from decdec_core.tuning import budget_rows, table_of
 
-    if (options.shapes is None) == (options.directory is None):
-        raise DecDECError("tune must have either DIR or --shapes, got both or neither")
+    source = source_of(options, "tune")
     if options.objective == "quality" and options.directory is None:
         raise DecDECError("objective quality must be with an artifact, got --shapes")
     for name in _MORE:
@@ -57,40 +58,45 @@ def _tune(options: argparse.Namespace) -> None:
     for target in options.slowdown:
         if not 0 <= target < 1000:
             raise DecDECError(f"slowdown must be 0 to 1000 percent, got {target:g}")
-    profile = _predicted(options) if options.gpu is not None else _measured(options)
+    options.slowdown = list(dict.fromkeys(options.slowdown))
+    profile = (_predicted if options.gpu is not None else _measured)(options, source)
     write_profile(options.out, profile)
     print(f"{table_of(profile)}\n\nwritten: {options.out}")
+    if options.json is not None:
+        made = {**(profile.environment or {}), "measured": not profile.predicted}
+        write_json(options.json, {**made, "rows": budget_rows(profile)})
     if options.figure is not None:
         draw(profile, options.figure, _own_gpu(options))
 
 
-def _measured(options: argparse.Namespace) -> Profile:
+def _measured(options: argparse.Namespace, source: RandomModel | Path) -> Profile:
     from decdec_core.decode_bench import Setup, load, place
     from decdec_core.tuning import measured_profile, tuned_profile
 
-    setup = Setup(options.prompt, options.tokens)
+    setup, text = Setup(options.prompt, options.tokens), _calibration(options)
     where, dtype = place("cuda")
-    name, config, weight = _about(options)
+    name, config, weight = _about(source)
     profile = measured_profile(name, config, weight)
-    model = load(_source(options), where, dtype)[2]
-    return tuned_profile(profile, model, options.slowdown, setup, _energy(options, model))
+    model = load(source, where, dtype)[2]
+    return tuned_profile(profile, model, options.slowdown, setup, _energy(text, model))
 
 
-def _predicted(options: argparse.Namespace) -> Profile:
+def _predicted(options: argparse.Namespace, source: RandomModel | Path) -> Profile:
+    import torch
+
     from decdec_core.decode_bench import load
     from decdec_core.profiles import Budget, predicted_profile, shapes_of_model
     from decdec_core.tuner import search_quality
 
-    name, config, weight = _about(options)
+    name, config, weight = _about(source)
     shapes, bits = shapes_of_model(config), weight.widths[0]
     about = (options.gpu, name, shapes, config.num_hidden_layers, bits, weight.format)
-    profile = predicted_profile(*about, options.slowdown, _own_gpu(options))
-    if options.objective == "speed":
+    profile = replace(predicted_profile(*about, options.slowdown, _own_gpu(options)), model_bits=weight.bits)
+    text = _calibration(options)
+    if text is None:
         return profile
-    import torch
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    energy = _energy(options, load(options.directory, device, torch.float32)[2])
+    energy = _energy(text, load(source, device, torch.float32)[2])
     assert energy is not None
     found = [(target, search_quality(profile.table(), target, energy)) for target in options.slowdown]
     return replace(profile, choices=[Budget.of(target, choice) for target, choice in found])
@@ -109,39 +115,36 @@ def _own_gpu(options: argparse.Namespace) -> Any:
     return Gpu(options.gpu, options.memory_gb_s, options.link_gb_s, latency)
 
 
-def _source(options: argparse.Namespace) -> Any:
-    from decdec_core.cli_bench import random_source
-
-    return options.directory if options.shapes is None else random_source(options)
-
-
-def _about(options: argparse.Namespace) -> tuple[str, Any, WeightQuant]:
-    """Return name, config and weight of the model."""
-    from transformers import AutoConfig
-
-    from decdec_core.artifact import Quantization, require_artifact
+def _about(source: RandomModel | Path) -> tuple[str, Any, WeightQuant]:
+    """Return name, config and weight of the model, which must take the kernels that are timed."""
+    from decdec_core.budget import described, require_timed
     from decdec_core.shapes import config_of
 
-    if options.shapes is not None:
-        source = _source(options)
-        return options.shapes, config_of(source.shapes, source.blocks), source.weight
-    require_artifact(options.directory)
-    config = AutoConfig.from_pretrained(options.directory)
-    stored = config.quantization_config
-    values = stored if isinstance(stored, dict) else stored.to_dict()
-    return options.directory.resolve().name, config, Quantization.from_dict(values).weight
+    if not isinstance(source, Path):
+        return source.shapes, config_of(source.shapes, source.blocks), source.weight
+    config, quantization = described(source)
+    require_timed(quantization.weight, quantization.residual)
+    return source.resolve().name, config, quantization.weight
 
 
-def _energy(options: argparse.Namespace, model: Any) -> Energy | None:
+def _calibration(options: argparse.Namespace) -> Tensor | None:
+    """Return the calibration text's tokens for an objective that needs them."""
     if options.objective == "speed":
         return None
     from transformers import AutoTokenizer
 
+    from decdec_core.artifact import require_artifact
     from decdec_core.calibration import sequences
-    from decdec_core.energy import error_energy
     from decdec_core.texts import available_text, load_text
 
+    require_artifact(options.directory)
     named = available_text("calibration") if options.calibration == "auto" else options.calibration
     tokenizer = AutoTokenizer.from_pretrained(options.directory)
     ids = tokenizer(load_text(named, "calibration").text, verbose=False).input_ids
-    return error_energy(model, sequences(ids, options.calibration_sequences, _TOKENS))
+    return sequences(ids, options.calibration_sequences, _TOKENS)
+
+
+def _energy(text: Tensor | None, model: Any) -> Energy | None:
+    from decdec_core.energy import error_energy
+
+    return None if text is None else error_energy(model, text)

@@ -21,8 +21,9 @@ from decdec_core.config import (
 )
 
 
-def run_command(command: Callable[[], object]) -> int:
-    """Return 0 after running `command`, or 2 after printing what it refused as one line."""
+def run_command(command: Callable[[], object], resumes: bool = True) -> int:
+    """Return 0 after running `command`, or 2 after printing what it refused as one line. resumes: whether it
+    goes on where it was when it is interrupted and run again."""
     try:
         command()
     except (DecDECError, OSError) as error:  # such as a full disk
@@ -31,7 +32,8 @@ def run_command(command: Callable[[], object]) -> int:
         print(f"decdec: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("decdec: interrupted: the same command goes on where a build was", file=sys.stderr)
+        goes_on = ": the same command goes on where it was" if resumes else ""
+        print(f"decdec: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
 
@@ -86,6 +88,14 @@ def json_file(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir() or path.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
+    return path
+
+
+def picture_file(text: str) -> Path:
+    """Return the path of a picture that is to be written, as json_file does."""
+    path = json_file(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, got {text!r}")
     return path
 
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers.cache_utils import Cache, StaticLayer
 
 from decdec_core.config import DecDECError, require_int
+from decdec_core.linear import DecLinear
 from decdec_core.model import dec_layers
-from decdec_core.step import StepSettings
 
 _WARM_UPS = 3  # before a capture: what is made at first use, and compiled
 _AT_ONCE = 16  # steps launched before the tokens of those before them are looked at
@@ -90,9 +91,10 @@ class Decoder:
     """Generates with `model` on the device where it is.
 
     model: a causal language model with DecLinear layers or a plain one. max_length: tokens of prompt and
-    answer together that the cache holds. compiled: torch.compile the step before it is captured; GPU only.
-    The model may be used otherwise between calls, not during one; what it compensates may change between
-    calls, and the step is then captured again.
+    answer together that the cache holds, at most the window of a model whose attention has one. compiled:
+    torch.compile the step before it is captured; GPU only. The model may be used otherwise between calls, not
+    during one; what it compensates may change between calls, and the step is then captured again. A model
+    whose plain layers change (fused, moved, cast) needs a new Decoder.
     """
 
     def __init__(
@@ -101,18 +103,17 @@ class Decoder:
         require_int("max_length", max_length, 2, _MANY)
         self.model, self.max_length, self.sampling = model.eval(), max_length, sampling or Sampling()
         self.device = torch.device(model.device)
-        self.cache = StaticCache(config=model.config, max_cache_len=max_length)
+        self.cache = _cache(model.config, max_length)
         self.generator = torch.Generator(self.device)
         self.token = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
         self.tokens = torch.zeros(max_length, dtype=torch.int64, device=self.device)
         self.count = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._forward = self._plain
-        if self.device.type == "cuda" and compiled:
-            self._forward = torch.compile(self._plain, fullgraph=True, dynamic=False)
+        self.compiled = compiled and self.device.type == "cuda"
+        self._forward = _forward(self.model, self.cache, self.compiled)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured: object = None
+        self._captured: list[tuple[object, ...]] = []
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self, ids: Sequence[int] | Tensor, max_new_tokens: int, stop: Collection[int] | None = None
     ) -> Generation:
@@ -134,7 +135,8 @@ class Decoder:
         self._reset()
         self.generator.manual_seed(self.sampling.seed)
         start = time.perf_counter()
-        self._keep(self._next(self.model(prompt, **self._cached(), logits_to_keep=1).logits))
+        cached = {"past_key_values": self.cache, "use_cache": True}
+        self._keep(self._next(self.model(prompt, **cached, logits_to_keep=1).logits))
         tokens = self.tokens[:1].tolist()
         first_s = time.perf_counter() - start
         if tokens[-1] in ends or max_new_tokens == 1:
@@ -176,12 +178,6 @@ class Decoder:
         marks[-1].synchronize()
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
 
-    def _cached(self) -> dict[str, Any]:
-        return {"past_key_values": self.cache, "use_cache": True}
-
-    def _plain(self, token: Tensor) -> Tensor:
-        return self.model(token, **self._cached()).logits
-
     def _next(self, logits: Tensor) -> Tensor:
         return self.sampling.choose(logits[:, -1], self.generator)
 
@@ -197,19 +193,27 @@ class Decoder:
         self.cache.reset()
         self.count.zero_()
 
+    def replay(self, steps: int) -> None:
+        """Run `steps` captured steps more, of which nothing is looked at: for a profile. GPU only, after
+        `generate`. Raises DecDECError where the cache does not hold them."""
+        if self._graph is None:
+            raise DecDECError("steps must be replayed after generate on a GPU, got none captured")
+        room = self.max_length - int(self.cache.get_seq_length())
+        require_int("steps", steps, 1, room)
+        for _ in range(steps):
+            self._graph.replay()
+
     def _capture(self) -> None:
-        """Capture a step, unless what the model compensates is what it was at the last one."""
-        wanted = getattr(self.model, "decdec", None)
-        compensation = None if wanted is None else wanted.compensation
-        if self._graph is not None and compensation == self._captured:
+        """Capture a step, unless the layers are as they were at the last one."""
+        layers = list(dec_layers(self.model).values())
+        if self._graph is not None and _same(self._captured, [_state(layer) for layer in layers]):
             return
-        for layer in dec_layers(self.model).values():
-            layer.step = layer.step or StepSettings()
-            layer.refresh_step()
+        for layer in layers:
+            layer.hold_step()
+        if self.compiled and not all(layer.steps_as_one(self.model.dtype) for layer in layers):
+            # their settings are constants of the trace, of which a function may have a few only
+            self._forward = _forward(self.model, self.cache, True)
         self._graph = None  # its memory first
-        self.cache.reset()
-        # a cache gets its memory from a prompt; what a step reads must be there before it is captured
-        self.model(self.token, **self._cached())
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -223,12 +227,47 @@ class Decoder:
         graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph, stream=stream):
             self._step()
-        self._graph, self._captured = graph, compensation
+        self._graph, self._captured = graph, [_state(layer) for layer in layers]
 
     def _reset_to_one(self) -> None:
-        """Let the cache hold one token, as before a first step."""
+        """Let the cache, which gets its memory from the first prompt, hold one token."""
         self._reset()
-        self.model(self.token, **self._cached())
+        self.model(self.token, past_key_values=self.cache, use_cache=True)
+
+
+def _state(layer: DecLinear) -> tuple[object, ...]:
+    """Return what a captured step has of a layer: kept, so that nothing of it is freed and made anew."""
+    return layer, layer.tiled, layer.selection, layer.residual, layer.n_tb
+
+
+def _same(one: list[tuple[object, ...]], other: list[tuple[object, ...]]) -> bool:
+    return len(one) == len(other) and all(
+        a is b for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True)
+    )
+
+
+def _cache(config: Any, max_length: int) -> Cache:
+    """Return a cache of full layers also for a model whose attention reaches back over a window only: their
+    own kind counts tokens where a capture freezes the count."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None and max_length > window:
+        raise DecDECError(f"max_length must be at most the attention's window of {window}, got {max_length}")
+    return Cache(layers=[StaticLayer(max_cache_len=max_length) for _ in range(config.num_hidden_layers)])
+
+
+def _forward(model: Any, cache: Cache, compiled: bool) -> Callable[[Tensor], Tensor]:
+    """Return the function of a token that gives the next logits."""
+
+    def forward(token: Tensor) -> Tensor:
+        return model(token, past_key_values=cache, use_cache=True).logits
+
+    if not compiled:
+        return forward
+    # the compiler counts its traces by code object: each decoder has one of its own
+    own = FunctionType(
+        forward.__code__.replace(), forward.__globals__, forward.__name__, None, forward.__closure__
+    )
+    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 def _mark() -> torch.cuda.Event:

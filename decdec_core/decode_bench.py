@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,25 +79,32 @@ def bench_decode(
     first of `compensations` is "none". Raises DecDECError where there is no such device.
     """
     where, dtype = place(device)
+    if profiled and where.type != "cuda":
+        raise DecDECError(f"a step's profile must be of a GPU, got {device}")
     config, name, model = load(source, where, dtype)
     rows = decode_rows(model, name, compensations, setup, whole)
     kernels = []
     if profiled:
-        if where.type != "cuda":
-            raise DecDECError(f"profile must be of a GPU, got {device}")
         set_compensation(model, compensations[-1])
         kernels = step_profile(Decoder(model, setup.prompt + setup.tokens), setup.ids(config.vocab_size))
     if whole:
         del model
+        gc.collect()  # graphs and compiled functions are in cycles
         plain = str(dtype).removeprefix("torch.")
-        rows += decode_rows(random_model(config, None, where, dtype), plain, (), setup)
+        try:
+            rows += decode_rows(random_model(config, None, where, dtype), plain, (), setup)
+        except torch.OutOfMemoryError:
+            tqdm.write(f"{plain} model of these sizes: not measured, it does not fit the GPU", sys.stderr)
     return rows, kernels
 
 
 def place(device: str) -> tuple[torch.device, torch.dtype]:
     """Return the device of that name and the dtype that decodes there. Raises DecDECError for a GPU that is
     not there."""
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise DecDECError(f"device must be cpu or cuda, got {device}") from None
     if where.type == "cuda" and not torch.cuda.is_available():
         raise DecDECError("decoding on a GPU must have a CUDA device, got none")
     return where, torch.float16 if where.type == "cuda" else torch.float32
@@ -229,13 +238,17 @@ def decode_rows(
             if compensation is not None:
                 set_compensation(model, compensation)
             done = decoder.generate(ids, setup.tokens, stop=())
+            # of its own, since a step may have been captured just before
+            first_s = decoder.generate(ids, 1, stop=()).first_s
             if turn:
-                measured.append(done)
+                measured.append(replace(done, first_s=first_s))
     rows = [_row(model, name, c, setup, done) for c, done in zip(grid, runs, strict=True)]
     base = next((row["median_ms"] for row in rows if low_bit and not row["fetched_bytes"]), None)
     for row in rows:
         row["slowdown_percent"] = None if base is None else 100 * (row["median_ms"] / base - 1)
     if generate:
+        for layer in dec_layers(model).values():
+            layer.step = None  # as in a model that no decoder has seen
         rows.append(_generate_row(model, name, setup, ids, rows[0]))
     return rows
 
@@ -333,9 +346,10 @@ def step_profile(decoder: Decoder, ids: Tensor, steps: int = 16) -> list[dict[st
     """Return where a captured step's time goes: for each kernel its "us" and "launches" in it."""
     from torch.profiler import ProfilerActivity, profile
 
-    decoder.generate(ids, steps + 1, stop=())
+    decoder.generate(ids, 2, stop=())
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        decoder.generate(ids, steps + 1, stop=())
+        decoder.replay(steps)
+        torch.cuda.synchronize()
     rows = [
         {"kernel": event.key, "us": event.device_time_total / steps, "launches": event.count / steps}
         for event in trace.key_averages()

@@ -25,7 +25,7 @@ class First(nn.Module):
         super().__init__()
         self.name, self.sizes = name, list(sizes)
         self.add_module(name, fused)
-        self.rest: list[Tensor] = []
+        self.rest: list[Tensor | None] = []
 
     def forward(self, x: Tensor) -> Tensor:
         part, *self.rest = self.get_submodule(self.name)(x).split(self.sizes, dim=-1)
@@ -41,7 +41,11 @@ class Later(nn.Module):
         self.index = index
 
     def forward(self, _x: Tensor) -> Tensor:
-        return self.first[0].rest[self.index]
+        rest = self.first[0].rest
+        part = rest[self.index] if rest else None
+        assert part is not None, "a fused layer must be called once, after the first of its input"
+        rest[self.index] = None  # nothing is kept for longer than a block needs it
+        return part
 
 
 def fuse(model: nn.Module) -> int:

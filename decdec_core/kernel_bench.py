@@ -16,13 +16,12 @@ from tqdm import tqdm
 from decdec_core import ops
 from decdec_core.calibration import ActivationStatistics
 from decdec_core.channels import make_selection
-from decdec_core.config import DecDECError, require_int, require_one_of, suggest, total_channels
+from decdec_core.config import FORMATS, DecDECError, require_int, require_one_of, suggest, total_channels
 from decdec_core.files import whole_file
 from decdec_core.ops import Selection, TiledWeight
 from decdec_core.packing import DEPTH, SLAB, tile_words
 from decdec_core.shapes import MODELS, config_of, matrices_of
 
-FORMATS = ("uniform", "codebook")
 _CACHE_TIMES = 4  # the copies of a matrix together, in sizes of the L2 cache
 _REPLAYS = 30
 _LAUNCHES = 200  # of one graph at least, so that starting it does not count

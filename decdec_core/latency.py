@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 
 from decdec_core.config import (
     CHUNK,
+    FORMATS,
     PROJECTION_KINDS,
     DecDECError,
     WeightQuant,
@@ -52,7 +53,6 @@ from decdec_core.config import (
     suggest,
     total_channels,
 )
-from decdec_core.kernel_bench import FORMATS
 from decdec_core.packing import SLAB, channel_bytes
 from decdec_core.tiles import tiled_bytes
 from decdec_core.tuner import require_kinds, require_number

@@ -188,7 +188,15 @@ class DecLinear(nn.Module):
 
     def _steps(self, tokens: Tensor) -> bool:
         residual = self.residual
-        return residual is not None and self._in_one_launch(tokens.shape[0], tokens.dtype, residual)
+        if residual is None or (self._table is not None and tokens.dtype != self._values):
+            return False
+        return self._in_one_launch(tokens.shape[0], tokens.dtype, residual)
+
+    def steps_as_one(self, dtype: torch.dtype) -> bool:
+        """Return whether a token of `dtype` takes its settings from `step`."""
+        return (
+            self.tiled is not None and self.step is not None and self._steps(torch.empty(1, 0, dtype=dtype))
+        )
 
     def _stepped(self, tokens: Tensor, settings: StepSettings) -> Tensor:
         assert self.tiled is not None
@@ -296,11 +304,18 @@ class DecLinear(nn.Module):
                 self.selection = replace(selection, indices=selection.indices.to(here))
         self._tile(dtype)
 
+    def hold_step(self) -> None:
+        """Make `step`, of the present selection and n_tb; from here on changes of them go into it by
+        refresh_step."""
+        if self.device.type == "cuda":
+            self.prepare_for_gpu()
+        if self.step is None or self.step.indices.device != self.device:
+            self.step = StepSettings(self.in_features, self.device)
+        self.refresh_step()
+
     def refresh_step(self) -> None:
         """Let `step`, where there is one, hold the present selection and n_tb."""
         if self.step is not None:
-            if self.device.type == "cuda":
-                self.prepare_for_gpu()
             self.step.set(self.selection, self.n_tb)
 
     def _tile(self, dtype: torch.dtype | None) -> None:

@@ -6,8 +6,6 @@ takes for data. The op reads it when it is called, which is when a CUDA graph is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
@@ -17,26 +15,30 @@ from decdec_core.ops import Selection, TiledWeight
 _KINDS = ("none", "static", "exact", "dynamic", "random")
 
 
-@dataclass
 class StepSettings:
-    """What a layer compensates, in tensors on the CPU that `set` changes in place.
+    """What a layer compensates, in tensors that `set` changes in place.
 
-    numbers: (4,) int64: kind, k_chunk, seed, n_tb. floors: (32,) float32 of a dynamic selection. indices:
-    (1, K) int32 of a static one, on the weight's device, else None.
+    numbers: (5,) int64 on the CPU: kind, k_chunk, seed, n_tb, channels of a static selection. floors: (32,)
+    float32 on the CPU, of a dynamic one. indices: (1, in) int32 on the weight's device, of which a static
+    selection has the first. A captured launch has copies of the first two, and the address of the last.
     """
 
-    numbers: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.int64))
-    floors: Tensor = field(default_factory=lambda: torch.zeros(ops.BUCKETS))
-    indices: Tensor | None = None
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.numbers = torch.zeros(5, dtype=torch.int64)
+        self.floors = torch.zeros(ops.BUCKETS)
+        self.indices = torch.zeros((1, in_features), dtype=torch.int32, device=device)
 
     def set(self, selection: Selection | None, n_tb: int) -> None:
         """Take over `selection`; None compensates nothing."""
         kind = "none" if selection is None else selection.kind
         k_chunk, seed = (0, 0) if selection is None else (selection.k_chunk, selection.seed)
-        self.numbers.copy_(torch.tensor([_KINDS.index(kind), k_chunk, seed, n_tb]))
+        static = None if selection is None else selection.indices
+        count = 0 if static is None else static.shape[1]
+        self.numbers.copy_(torch.tensor([_KINDS.index(kind), k_chunk, seed, n_tb, count]))
         if selection is not None and selection.floors is not None:
             self.floors.copy_(selection.floors)
-        self.indices = None if selection is None else selection.indices
+        if static is not None:
+            self.indices[:, :count].copy_(static)
 
 
 def step_linear(
@@ -65,14 +67,15 @@ def _step_linear(
     scale: Tensor,
     numbers: Tensor,
     floors: Tensor,
-    indices: Tensor | None,
+    indices: Tensor,
 ) -> Tensor:
     weight = TiledWeight(tiles, bits, out_features, x.shape[1], table, bias)
-    number, k_chunk, seed, n_tb = numbers.tolist()
+    number, k_chunk, seed, n_tb, count = numbers.tolist()
     kind = _KINDS[number]
     if kind == "none":
         return ops.linear(x, weight)
-    selection = Selection(kind, k_chunk, seed, floors if kind == "dynamic" else None, indices)
+    static = indices[:, :count] if kind == "static" else None
+    selection = Selection(kind, k_chunk, seed, floors if kind == "dynamic" else None, static)
     return ops.linear(x, weight, selection, codes, scale, n_tb)
 
 

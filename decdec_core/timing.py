@@ -11,13 +11,14 @@ from tqdm import tqdm
 from decdec_core import kernel_bench
 from decdec_core.config import (
     CHUNK,
+    FORMATS,
+    KERNEL_BITS,
     PROJECTION_KINDS,
     DecDECError,
     require_int,
     require_one_of,
     total_channels,
 )
-from decdec_core.kernel_bench import FORMATS
 from decdec_core.tuner import require_kinds, require_number
 
 N_TB = (4, 8, 16, 24)
@@ -54,7 +55,7 @@ def measure(
     CUDA device.
     """
     require_kinds("shapes", shapes)
-    require_one_of("bits", bits, (2, 3, 4))
+    require_one_of("bits", bits, KERNEL_BITS)
     require_one_of("format", format, FORMATS)
     for blocks in n_tb:
         require_int("n_tb", blocks, 1, 1024)

@@ -111,13 +111,14 @@ class TimingTable:
         return float(np.sum([curve[k] for curve, k in zip(self.curves[n_tb], k_chunk, strict=True)]))
 
     def knees(self) -> dict[str, int]:
-        """Return, for each kind, up to which k_chunk time stays within 5 % of that of the first, at the
-        n_tb with the most: from there on the transfer is what takes the time."""
+        """Return, for each kind, up to which k_chunk time stays within 5 % of that of the first channel, at
+        the n_tb with the most: from there on the transfer is what takes the time."""
         found = dict.fromkeys(PROJECTION_KINDS, 0)
         for curves in self.curves.values():
-            for (kind, known), curve in zip(found.items(), curves, strict=True):
-                flat = int(np.searchsorted(curve, _FLAT * curve[1], side="right")) - 1
-                found[kind] = max(known, flat)
+            for (kind, known), curve, (inputs, _) in zip(found.items(), curves, self.shapes, strict=True):
+                first = next((k for k in range(len(curve)) if total_channels(inputs, k)), 0)
+                flat = int(np.searchsorted(curve, _FLAT * curve[first], side="right")) - 1
+                found[kind] = max(known, flat if first else 0)
         return found
 
     def choice(self, n_tb: int, k_chunk: Sequence[int], objective: str) -> Choice:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from decdec_core.budget import compensation_of
-from decdec_core.config import Compensation, WeightQuant
+from decdec_core.config import Compensation, WeightQuant, total_channels
 from decdec_core.decode import Decoder
 from decdec_core.decode_bench import Setup
 from decdec_core.kernel_bench import markdown
 from decdec_core.latency import GPUS, knee
 from decdec_core.model import set_compensation
+from decdec_core.packing import channel_bytes
 from decdec_core.profiles import Budget, Profile, key_of, shapes_of_model
 from decdec_core.provenance import environment
 from decdec_core.timing import N_TB, measure
@@ -29,47 +30,62 @@ _TURNS = 3  # of with and without, for one measurement
 Energy = Mapping[str, Sequence[float]]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A decoding step with and without compensation: percent that it takes longer, tokens per second."""
+
+    percent: float
+    tokens_per_second: float
+    baseline_tokens_per_second: float
+
+    def fields(self) -> dict[str, float]:
+        """Return the fields of a Budget."""
+        rates = {"tokens_per_second": self.tokens_per_second}
+        rates["baseline_tokens_per_second"] = self.baseline_tokens_per_second
+        return {"measured_percent": round(self.percent, 3), **{k: round(v, 2) for k, v in rates.items()}}
+
+
 def budgets(
     table: TimingTable,
     targets: Sequence[float],
-    percent_of: Callable[[Choice], float],
+    measure_step: Callable[[Choice], Measured],
     energy: Energy | None = None,
 ) -> list[Budget]:
     """Return the choice for each target that was measured within tuner.TOLERANCE_POINTS of it, or else the
-    nearest that is not over by more.
+    nearest that is not over by more; where all are, nothing is compensated.
 
-    percent_of: measures the slowdown of a decoding step in percent. energy: maximise it, see
-    tuner.search_quality; without it the paper's search. The search's own target is corrected from round to
-    round, because the linear layers are a part of the step only (tuner.correct).
+    measure_step: measures a choice. energy: maximise it, see tuner.search_quality; without it the paper's
+    search. The search's own target is corrected from round to round, because the linear layers are a part of
+    the step only (tuner.correct).
     """
-    return [_budget(table, target, percent_of, energy) for target in targets]
+    return [_budget(table, target, measure_step, energy) for target in targets]
 
 
 def _budget(
-    table: TimingTable, target: float, percent_of: Callable[[Choice], float], energy: Energy | None
+    table: TimingTable, target: float, measure_step: Callable[[Choice], Measured], energy: Energy | None
 ) -> Budget:
     history: list[tuple[float, float]] = []
     choices: list[Choice] = []
+    measured: dict[tuple[int, ...], Measured] = {}
     for _ in range(_MOST_ROUNDS):
         internal = correct(target, history)
         choice = search(table, internal) if energy is None else search_quality(table, internal, energy)
-        settings = [(known.n_tb, known.k_chunk) for known in choices]
-        if (choice.n_tb, choice.k_chunk) in settings:
-            measured = history[settings.index((choice.n_tb, choice.k_chunk))][1]
-        else:
-            measured = percent_of(choice) if any(choice.k_chunk) else 0.0
-        history.append((internal, measured))
+        setting = (choice.n_tb, *choice.k_chunk)
+        if setting not in measured:
+            measured[setting] = measure_step(choice)
+        history.append((internal, measured[setting].percent if choice.n_tb else 0.0))
         choices.append(choice)
-        if is_met(target, measured):
+        if is_met(target, history[-1][1]):
             break
     best = best_round(target, history)
     if best is None:
-        return Budget(target, 0, (0, 0, 0, 0), 0.0, 0.0, choices[0].objective)
-    return Budget.of(target, choices[best], round(history[best][1], 3))
+        return Budget(target, 0, (0, 0, 0, 0), 0.0, objective=choices[0].objective)
+    choice = choices[best]
+    return Budget.of(target, choice, **measured[choice.n_tb, *choice.k_chunk].fields())
 
 
 class Steps:
-    """Measures decoding steps of a model: `percent_of` for budgets."""
+    """Measures decoding steps of a model: `measure` for budgets."""
 
     def __init__(self, model: Any, setup: Setup, selection: str = "dynamic") -> None:
         self.model, self.setup, self.selection = model, setup, selection
@@ -77,8 +93,8 @@ class Steps:
         self.ids = setup.ids(model.config.vocab_size)
         self.progress = tqdm(desc="measuring steps", unit="setting")
 
-    def percent_of(self, choice: Choice) -> float:
-        """Return the slowdown of a step in percent, by medians of runs in turns with and without."""
+    def measure(self, choice: Choice) -> Measured:
+        """Return what `choice` costs, by medians of runs in turns with and without."""
         settings = (Compensation("none"), compensation_of(choice, selection=self.selection))
         runs: tuple[list[float], list[float]] = ([], [])
         for _ in range(_TURNS):
@@ -88,7 +104,7 @@ class Steps:
                 measured.append(done.spread()["median_s"])
         self.progress.update()
         without, with_ = (statistics.median(measured) for measured in runs)
-        return 100 * (with_ / without - 1)
+        return Measured(100 * (with_ / without - 1), 1 / with_, 1 / without)
 
 
 def tuned_profile(
@@ -96,7 +112,7 @@ def tuned_profile(
 ) -> Profile:
     """Return `profile`, which has measured rows, with a budget for each target, measured on `model`."""
     steps = Steps(model, setup, profile.selection)
-    found = budgets(profile.table(), targets, steps.percent_of, energy)
+    found = budgets(profile.table(), targets, steps.measure, energy)
     steps.progress.close()
     set_compensation(model, Compensation("none"))
     return replace(profile, choices=[*profile.choices, *found])
@@ -130,7 +146,28 @@ def measured_profile(
         rows=rows,
         choices=[],
         environment=environment(device),
+        model_bits=weight.bits,
     )
+
+
+def budget_rows(profile: Profile) -> list[dict[str, Any]]:
+    """Return a row per budget: what was asked for, what it gives, and the bytes over PCIe for a token."""
+    rows = []
+    for budget in profile.choices:
+        channels = zip(profile.shapes.values(), budget.k_chunk, strict=True)
+        fetched = sum(total_channels(i, k) * channel_bytes(o, 4) for (i, o), k in channels)
+        rows.append(
+            {
+                "gpu": profile.gpu,
+                "shapes": profile.model,
+                "bits": profile.model_bits,
+                "format": profile.format,
+                "selection": profile.selection,
+                **budget.to_dict(),
+                "pcie_bytes_per_token": fetched * profile.blocks,
+            }
+        )
+    return rows
 
 
 def driver_version() -> str | None:

@@ -15,10 +15,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
-from transformers import AutoConfig
 
-from decdec_core.artifact import Quantization, is_artifact
-from decdec_core.budget import compensation_of, find_budget, profiles_of
+from decdec_core.artifact import is_artifact
+from decdec_core.budget import compensation_of, described, find_budget, profiles_of, require_timed
 from decdec_core.build import cached_artifact
 from decdec_core.config import (
     WEIGHT_METHODS,
@@ -59,8 +58,9 @@ class DecDECLM(HFLM):
 
     pretrained: an artifact's folder, or with `method` a hub id, a folder, a .gguf file or smollm2.
     selection, k_chunk, compensate, seed, n_tb: see decdec_core.Compensation.
-    slowdown: percent that a decoding step may take longer, in the place of k_chunk and n_tb, which are then
-    those of a profile: of the GPU at hand, or of `gpu`, a GPU's name or a file that `decdec tune` wrote.
+    slowdown: percent that a decoding step (where it is predicted: its linear layers) may take longer, in
+    the place of k_chunk and n_tb, which are then those of a profile: of the GPU at hand, or of `gpu`, a
+    GPU's name or a file that `decdec tune` wrote.
     method ("awq", "rtn", "squeezellm", or "full" for no quantization), bits, group_size, clustering,
     residual_bits, calibration: how a plain model is quantized; built on first use, then reused.
 
@@ -73,19 +73,23 @@ class DecDECLM(HFLM):
         if "selection" in chosen and chosen["selection"] is None:
             chosen["selection"] = "none"  # lm-eval's parser makes None of the word
         budget = {name: arguments.pop(name) for name in _BUDGET if name in arguments}
-        profiles = _profiles(budget, chosen)
         recipe = {name: arguments.pop(name) for name in _QUANTIZATION if name in arguments}
         self._quantized = recipe.get("method") != FULL
         if not self._quantized:
             _refuse_with_full({**chosen, **budget, **recipe})
             chosen["selection"] = "none"
         self.compensation = Compensation(**chosen)
+        profiles = _profiles(budget, chosen)
+        if profiles and "method" in recipe:
+            require_timed(*_quants(recipe))
         device = _usable(str(device))
         folder = _resolve(pretrained, recipe, arguments)
         self.budget = None
         if profiles:
-            config, weight = _described(folder)
-            self.budget = find_budget(budget["slowdown"], profiles, config, weight)
+            config, quantization = described(Path(folder))
+            require_timed(quantization.weight, quantization.residual)
+            asked = (budget["slowdown"], profiles, config, quantization.weight)
+            self.budget = find_budget(*asked, self.compensation.selection)
             self.compensation = compensation_of(self.budget.budget, **self.compensation.to_dict())
         try:
             super().__init__(pretrained=folder, device=device, **arguments)
@@ -226,14 +230,6 @@ def _profiles(budget: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prof
     return profiles_of(None if gpu is None else str(gpu))
 
 
-def _described(folder: str) -> tuple[Any, WeightQuant]:
-    """Return config and weight of an artifact."""
-    config = AutoConfig.from_pretrained(folder)
-    stored = config.quantization_config
-    values = stored if isinstance(stored, dict) else stored.to_dict()
-    return config, Quantization.from_dict(values).weight
-
-
 def _refuse_with_full(arguments: Mapping[str, Any]) -> None:
     """Raise DecDECError for an argument that would be ignored by method=full."""
     for name, value in arguments.items():
@@ -276,10 +272,15 @@ def _resolve(pretrained: str | Path | None, recipe: Mapping[str, Any], others: M
     if method == FULL:
         folder = materialize(source)
         return str(Path(folder).resolve()) if Path(folder).exists() else folder
+    calibration = str(recipe.get("calibration", "auto"))
+    return str(cached_artifact(source, *_quants(recipe), calibration).resolve())
+
+
+def _quants(recipe: Mapping[str, Any]) -> tuple[WeightQuant, ResidualQuant]:
+    """Return what a recipe with a method quantizes to."""
     weight = {name: recipe[name] for name in ("method", "bits", "group_size", "clustering") if name in recipe}
     residual = ResidualQuant(recipe["residual_bits"]) if "residual_bits" in recipe else ResidualQuant()
-    calibration = str(recipe.get("calibration", "auto"))
-    return str(cached_artifact(source, WeightQuant(**weight), residual, calibration).resolve())
+    return WeightQuant(**weight), residual
 
 
 def _usable(device: str) -> str:

@@ -80,6 +80,38 @@ def test_a_plain_model_generates_too(device: str, ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("architecture", ["mistral", "phi3"])
+def test_attention_with_a_window(architecture: str, device: str, ids: Tensor) -> None:
+    model = tiny_model(architecture).to(device)
+    model.config.sliding_window = 64
+    wanted = greedy(model, ids, 40)
+    assert Decoder(model, 64).generate(ids, 40, stop=()).tokens == wanted
+    with pytest.raises(DecDECError, match="max_length must be at most the attention's window of 64, got 65"):
+        Decoder(model, 65)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_compensation_set_anew(device: str, tiny_artifact_dir: Path, ids: Tensor) -> None:
+    model = load(tiny_artifact_dir, device)
+    decoder = Decoder(model, 80)
+    set_compensation(model, Compensation("static", 128))
+    wanted = decoder.generate(ids, 30, stop=()).tokens
+    for selection in ("dynamic", "static"):
+        set_compensation(model, Compensation(selection, 128))
+    assert decoder.generate(ids, 30, stop=()).tokens == wanted
+    fuse(model)
+    assert decoder.generate(ids, 30, stop=()).tokens == wanted
+
+
+@pytest.mark.cuda
+def test_many_decoders_and_settings_are_compiled(tiny_artifact_dir: Path, ids: Tensor) -> None:
+    model = load(tiny_artifact_dir, "cuda")
+    for k_chunk in range(8, 200, 16):
+        set_compensation(model, Compensation("static", k_chunk))
+        assert Decoder(model, 40 + k_chunk).generate(ids, 5, stop=()).tokens
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_stop_token_ends_it(device: str, tiny_artifact_dir: Path, ids: Tensor) -> None:
     model = load(tiny_artifact_dir, device)
     decoder = Decoder(model, 100)

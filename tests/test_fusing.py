@@ -53,6 +53,7 @@ def test_a_fused_model_is_the_model(kind: str, selection: str, tmp_path: Path, i
     assert torch.allclose(model(ids).logits, wanted, atol=1e-4)
     set_compensation(model, Compensation(selection, (8, 16, 64, 128)))
     assert torch.allclose(copy.deepcopy(model)(ids).logits, wanted, atol=1e-4)
+    assert not any(part is not None for m in model.modules() if isinstance(m, First) for part in m.rest)
     fused = compensation_ledger(model)
     # fetched once for q, k and v: fewer channels, as many bytes
     assert fused["bytes_per_token"] == ledger["bytes_per_token"]
@@ -67,6 +68,27 @@ def test_a_plain_model_is_fused_likewise(ids: Tensor) -> None:
     wanted = model(ids).logits
     assert fuse(model) == 2 * 5
     assert torch.allclose(model(ids).logits, wanted, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_fused_model_is_traced_whole(tiny_artifact_dir: Path, ids: Tensor) -> None:
+    torch._dynamo.reset()
+    model = AutoModelForCausalLM.from_pretrained(tiny_artifact_dir, dtype=torch.float32)
+    fuse(model)
+    wanted = model(ids, use_cache=False).logits
+    traced = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(traced(ids, use_cache=False).logits, wanted)
+
+
+def test_a_part_is_handed_out_once() -> None:
+    model = tiny_model("llama")
+    fuse(model)
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 3, 160)
+    attention.q_proj(x)
+    attention.k_proj(x)
+    with pytest.raises(AssertionError, match="must be called once, after the first of its input"):
+        attention.k_proj(x)
 
 
 def test_a_model_with_fused_layers_stays_as_it_is() -> None:
@@ -85,6 +107,8 @@ def layers_apart() -> dict[str, list[nn.Module]]:
     """Return q, k and v that must stay apart, and why."""
     alike = [make_layer(160, 160) for _ in range(3)]
     other_order = [make_layer(160, 160, extras=EXTRAS) for _ in range(3)]
+    for layer in other_order:
+        layer.input_scale = other_order[0].input_scale
     other_order[1].input_order = torch.arange(160, dtype=torch.int32).flip(0)
     scaled_once = [make_layer(160, 160), make_layer(160, 160, extras=("input_scale",)), make_layer(160, 160)]
     no_bias = [*alike[:2], DecLinear(160, 160, WeightQuant("rtn", 3))]

@@ -34,24 +34,28 @@ def test_one_trace_serves_every_setting(method: str, device: str) -> None:
         return graph.forward
 
     compiled = torch.compile(layer, fullgraph=True, backend=counted)
-    chosen = [None, *(selection_of(kind, k, x) for kind in KINDS[1:] for k in (8, 64, 1024))]
+    chosen = [None, *(selection_of(kind, k, x) for kind in KINDS for k in (8, 64, 1024))]
     for selection in chosen:
         layer.selection, layer.n_tb, layer.step = selection, 8, None
         wanted = layer(x) if device == "cuda" else layer._on_gpu(x, selection)
-        layer.step = StepSettings()
-        layer.refresh_step()
+        layer.hold_step()
         assert torch.equal(compiled(x), wanted)
     assert traces == 1
-    layer.selection = selection_of("static", 64, x)
-    layer.refresh_step()
-    assert torch.equal(compiled(x), layer._on_gpu(x, layer.selection))
-    assert traces <= 2  # a static selection has a tensor of channels more
+
+
+def test_another_dtype_than_the_codebooks_does_not_take_the_step() -> None:
+    layer = tiled_layer("squeezellm", "cpu")
+    layer.hold_step()
+    assert layer.steps_as_one(torch.float16)
+    assert not layer.steps_as_one(torch.bfloat16)
+    assert not layer.steps_as_one(torch.float32)
+    assert tiled_layer("rtn", "cpu").step is None
 
 
 def test_settings_are_read_at_the_call() -> None:
     layer = tiled_layer("rtn", "cpu")
     x = torch.randn(2, 576).half()
-    settings, tiled, residual = StepSettings(), layer.tiled, layer.residual
+    settings, tiled, residual = StepSettings(576, torch.device("cpu")), layer.tiled, layer.residual
     assert tiled is not None
     assert residual is not None
     found = []
@@ -68,7 +72,7 @@ def test_the_op_is_well_formed() -> None:
     layer = tiled_layer("squeezellm", "cpu")
     assert layer.tiled is not None
     assert layer.residual is not None
-    settings = StepSettings()
+    settings = StepSettings(576, torch.device("cpu"))
     settings.set(selection_of("dynamic", 64, torch.randn(1, 576)), 16)
     tiled, residual = layer.tiled, layer.residual
     arguments = (torch.randn(1, 576).half(), tiled.tiles, tiled.table, tiled.bias, tiled.bits)

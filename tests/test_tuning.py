@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_artifacts import write_tiny
 from transformers import AutoModelForCausalLM
 
 from decdec_core import cli, tuning
 from decdec_core.budget import compensation_of
-from decdec_core.config import PROJECTION_KINDS, DecDECError
+from decdec_core.config import PROJECTION_KINDS, DecDECError, WeightQuant
 from decdec_core.decode_bench import Setup
 from decdec_core.fusing import fuse
 from decdec_core.model import state_of
 from decdec_core.profiles import Budget, Profile, read_profile, shapes_of_model
 from decdec_core.tuner import Choice, TimingTable
-from decdec_core.tuning import budgets, tuned_profile
+from decdec_core.tuning import Measured, budget_rows, budgets, tuned_profile
 
 SHAPES = {"qkv": (1024, 1024), "o": (1024, 512), "gate_up": (1024, 4096), "down": (2048, 1024)}
 
@@ -44,22 +45,28 @@ def linear_percent(choice: Choice) -> float:
 @pytest.mark.parametrize("offset", [0.0, 3.0])
 def test_the_search_is_corrected_until_steps_meet_the_target(share: float, offset: float) -> None:
     """A step of which the products are a share, with what else compensation costs it."""
-    measured: list[Choice] = []
+    asked: list[Choice] = []
 
     def percent_of(choice: Choice) -> float:
-        measured.append(choice)
         return share * linear_percent(choice) + offset
 
+    def step(choice: Choice) -> Measured:
+        asked.append(choice)
+        return measured(percent_of(choice))
+
     targets = [5.0, 10.0, 20.0]
-    for target, budget in zip(targets, budgets(TABLE, targets, percent_of), strict=True):
+    for target, budget in zip(targets, budgets(TABLE, targets, step), strict=True):
+        choice = Choice(budget.n_tb, budget.k_chunk, budget.predicted_percent, budget.objective)
         assert budget.target_percent == target
         assert abs(budget.measured_percent - target) <= 1
-        assert budget.measured_percent == pytest.approx(percent_of(_choice(budget)), abs=1e-3)
-    assert len(measured) <= 6 * 3 + 3
+        assert budget.measured_percent == pytest.approx(percent_of(choice), abs=1e-3)
+        assert budget.tokens_per_second < budget.baseline_tokens_per_second == 100
+    assert len(asked) <= 6 * 3
 
 
-def _choice(budget: Budget) -> Choice:
-    return Choice(budget.n_tb, budget.k_chunk, budget.predicted_percent, budget.objective)
+def measured(percent: float) -> Measured:
+    """Return a step of 10 ms that takes `percent` longer."""
+    return Measured(percent, 100 / (1 + percent / 100), 100.0)
 
 
 def test_knees_are_where_time_begins_to_rise() -> None:
@@ -67,22 +74,30 @@ def test_knees_are_where_time_begins_to_rise() -> None:
     assert TABLE.knees() == dict.fromkeys(PROJECTION_KINDS, 13)
 
 
+def test_a_narrow_layers_knee_is_counted_from_its_first_channel() -> None:
+    shapes = {kind: (160, out) for kind, (_, out) in SHAPES.items()}
+    slow = [{**row, "time_us": 12 + 0.1 * row["k_chunk"]} if row["n_tb"] else row for row in rows()]
+    table = TimingTable.from_rows([row for row in slow if row["k_chunk"] != 1], shapes)
+    assert table.curves[8][0][[6, 7]].tolist() == [10, 12.8]  # no channel up to 6
+    assert table.knees()["qkv"] == 14  # of 13.4 us, and 5 % more are 13.44
+
+
 def test_where_nothing_fits_nothing_is_compensated() -> None:
-    (budget,) = budgets(TABLE, [2.5], lambda _choice: 50.0)
+    (budget,) = budgets(TABLE, [2.5], lambda _choice: measured(50.0))
     assert budget.n_tb == 0
     assert budget.k_chunk == (0, 0, 0, 0)
-    assert budget.measured_percent == 0
+    assert budget.measured_percent is None, "that nothing costs nothing was not measured"
     assert compensation_of(budget).n_tb == 16
 
 
 def test_a_setting_is_measured_once() -> None:
     seen: list[tuple[int, ...]] = []
 
-    def percent_of(choice: Choice) -> float:
+    def step(choice: Choice) -> Measured:
         seen.append(choice.k_chunk)
-        return 4.0 if choice.k_chunk[0] < 40 else 40.0  # a step that no setting meets
+        return measured(4.0 if choice.k_chunk[0] < 40 else 40.0)  # a step that no setting meets
 
-    (budget,) = budgets(TABLE, [20.0], percent_of)
+    (budget,) = budgets(TABLE, [20.0], step)
     assert budget.measured_percent == 4.0
     assert len(set(seen)) == len(seen)
 
@@ -90,7 +105,7 @@ def test_a_setting_is_measured_once() -> None:
 def test_quality_takes_what_removes_most() -> None:
     energy = {kind: [0.0] * 209 for kind in PROJECTION_KINDS}
     energy["down"] = list(range(209))
-    (budget,) = budgets(TABLE, [10.0], linear_percent, energy)
+    (budget,) = budgets(TABLE, [10.0], lambda choice: measured(linear_percent(choice)), energy)
     # 4 us, at 0.1 each, all for the one that gains; the others have what is free or nothing
     assert budget.k_chunk[3] == 48
     assert budget.objective == "quality"
@@ -119,6 +134,15 @@ def test_a_profile_is_tuned_on_a_model(tiny_artifact_dir: Path, monkeypatch: pyt
     for budget in tuned.choices:
         assert budget.measured_percent == pytest.approx(sum(budget.k_chunk) / 10, abs=1e-3)
         assert abs(budget.measured_percent - budget.target_percent) <= 1
+        assert budget.baseline_tokens_per_second == 1
+    row = budget_rows(tuned)[0]
+    # 160 inputs are 5 of 32 channels, 4 bits of each output; down has 1120
+    channels = [5 * k // 32 for k in row["k_chunk"][:3]] + [
+        row["k_chunk"][3] + row["k_chunk"][3] * 96 // 1024
+    ]
+    outputs = [480, 160, 2240, 160]
+    assert row["pcie_bytes_per_token"] == 2 * sum(c * o // 2 for c, o in zip(channels, outputs, strict=True))
+    assert (row["shapes"], row["target_percent"], row["bits"]) == ("tiny", 10.0, 3)
     assert asked[0].selection == "none"
     assert asked[1].n_tb == 8
     assert state_of(model).compensation.selection == "none"
@@ -164,6 +188,7 @@ def test_the_command_predicts_for_quality_and_for_numbers(tiny_artifact_dir: Pat
         ),
         (["--shapes", "llama-3-8b", "--gpu", "rtx-4050"], "got 'rtx-4050' (did you mean 'rtx-4"),
         (["--shapes", "llama-3-8b", "--gpu", "rtx-4090", "--slowdown", "-1"], "slowdown must be 0 to 1000"),
+        (["x", "--gpu", "rtx-4090", "--bits", "3"], "--bits must be absent with DIR, got 3"),
         (["nowhere", "--gpu", "rtx-4090"], "got nowhere"),
     ],
 )
@@ -173,6 +198,32 @@ def test_refused_commands(
     assert cli.main(["tune", *arguments, "--out", str(tmp_path / "p.json")]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"residual_bits": 8}, "residual_bits must be 4 for a budget, got 8"),
+        ({"weight": WeightQuant("rtn", 5)}, "bits of a model with a budget must be one of 2, 3, 4, got 5"),
+        ({"weight": WeightQuant("rtn", 3, 64)}, "group_size must be 128 for a budget, got 64"),
+    ],
+)
+def test_layers_that_the_timed_kernels_do_not_take_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tiny(tmp_path / "a", **options)
+    assert cli.main(["tune", str(folder), "--gpu", "rtx-4090", "--out", str(tmp_path / "p.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_target_named_twice_is_one(tiny_artifact_dir: Path, tmp_path: Path) -> None:
+    out, rows = tmp_path / "p.json", tmp_path / "rows.json"
+    arguments = ["tune", str(tiny_artifact_dir), "--gpu", "rtx-4090", "--slowdown", "5", "5.0"]
+    assert cli.main([*arguments, "--out", str(out), "--json", str(rows)]) == 0
+    assert len(read_profile(out).choices) == 1
+    written = json.loads(rows.read_text())
+    assert not written["measured"]
+    assert len(written["rows"]) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")

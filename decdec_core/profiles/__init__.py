@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from decdec_core.architectures import require_supported
 from decdec_core.config import (
+    FORMATS,
+    KERNEL_BITS,
     PROJECTION_KINDS,
     SELECTIONS,
     DecDECError,
@@ -24,15 +26,20 @@ from decdec_core.config import (
     suggest,
 )
 from decdec_core.files import write_text
-from decdec_core.kernel_bench import FORMATS
 from decdec_core.latency import FITTED, GPUS, Gpu, Model, gpu_of, predicted_rows
 from decdec_core.shapes import config_of, matrices_of
-from decdec_core.tuner import Choice, TimingTable, require_kinds, require_number, search
+from decdec_core.tuner import (
+    OBJECTIVES,
+    Choice,
+    TimingTable,
+    require_kinds,
+    require_number,
+    search,
+)
 
 FORMAT_VERSION = 1
 TARGETS = (2.5, 5.0, 10.0, 20.0)  # slowdowns that the paper evaluates, in percent
 PREDICTED_N_TB = (1, 2, 4, 8, 16)
-KERNEL_BITS = (2, 3, 4)
 _ROW_KEYS = ("kind", "n_tb", "k_chunk", "time_us")
 _FOLDER = Path(__file__).parent
 PREDICTED_MODELS = ("llama-3-8b", "phi-3-medium", "smollm2-135m")  # of shapes.MODELS, at PREDICTED_BITS
@@ -42,7 +49,8 @@ PREDICTED_BITS = (3, 4)
 @dataclass(frozen=True)
 class Budget(_Config):
     """What was chosen for a slowdown of target_percent: n_tb, k_chunk, predicted_percent and objective as in
-    tuner.Choice. measured_percent: of a whole decoding step, None where it was not measured."""
+    tuner.Choice. measured_percent: of a whole decoding step, None where it was not measured, and so are
+    tokens_per_second, with and without (baseline) compensation in one run."""
 
     target_percent: float
     n_tb: int
@@ -50,21 +58,25 @@ class Budget(_Config):
     predicted_percent: float
     measured_percent: float | None = None
     objective: str = "speed"
+    tokens_per_second: float | None = None
+    baseline_tokens_per_second: float | None = None
 
     def __post_init__(self) -> None:
         require_number("target_percent", self.target_percent)
         if self.target_percent < 0:
             raise DecDECError(f"target_percent must be 0 or more, got {self.target_percent!r}")
-        if self.measured_percent is not None:
-            require_number("measured_percent", self.measured_percent)
+        for which in ("measured_percent", "tokens_per_second", "baseline_tokens_per_second"):
+            if getattr(self, which) is not None:
+                require_number(which, getattr(self, which))
         choice = Choice(self.n_tb, self.k_chunk, self.predicted_percent, self.objective)
         object.__setattr__(self, "k_chunk", choice.k_chunk)
 
     @classmethod
-    def of(cls, target_percent: float, choice: Choice, measured_percent: float | None = None) -> Budget:
-        """Return what `choice` is for that target."""
+    def of(cls, target_percent: float, choice: Choice, **measured: float) -> Budget:
+        """Return what `choice` is for that target; `measured`: the fields of a measurement."""
         predicted = round(choice.predicted_percent, 3)
-        return cls(target_percent, choice.n_tb, choice.k_chunk, predicted, measured_percent, choice.objective)
+        budget = cls(target_percent, choice.n_tb, choice.k_chunk, predicted, objective=choice.objective)
+        return replace(budget, **measured)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,9 @@ class Profile(_Config):
     (in, out) of each of PROJECTION_KINDS. blocks: decoder blocks. selection: with which rows were measured.
     predicted: whether rows come from the analytic model. base_us: each product alone, as in the rows.
     rows: {"kind", "n_tb", "k_chunk", "time_us"}, see tuner.TimingTable. choices: at most one for a target
-    and objective. environment: provenance.environment of the measurement, or None. Refused values raise
-    DecDECError.
+    and objective. model_bits: of the model that they were measured on, half a bit more where half of its
+    blocks have a bit more. environment: provenance.environment of the measurement, or None. Refused values
+    raise DecDECError.
     """
 
     gpu: str
@@ -93,6 +106,7 @@ class Profile(_Config):
     rows: Sequence[Mapping[str, Any]]
     choices: Sequence[Budget]
     environment: Mapping[str, Any] | None = None
+    model_bits: int | float | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -106,6 +120,9 @@ class Profile(_Config):
                 raise DecDECError(f"{which} must be {wanted} or null, got {getattr(self, which)!r}")
         require_int("blocks", self.blocks, 1, 10_000)
         require_one_of("bits", self.bits, KERNEL_BITS)
+        model_bits = self.bits if self.model_bits is None else self.model_bits
+        require_one_of("model_bits", model_bits, (self.bits, self.bits + 0.5))
+        object.__setattr__(self, "model_bits", model_bits)
         require_one_of("format", self.format, FORMATS)
         require_one_of("selection", self.selection, SELECTIONS)
         require_one_of("predicted", self.predicted, (True, False))
@@ -203,7 +220,10 @@ def read_profiles(path: Path) -> list[Profile]:
             require_one_of("format_version", body["format_version"], (FORMAT_VERSION,))
             if not isinstance(body["profiles"], list):
                 raise DecDECError(f"profiles must be a list, got {body['profiles']!r}")
-        return [_profile_of(values) for values in (body["profiles"] if many else [body])]
+        found = [_profile_of(values) for values in (body["profiles"] if many else [body])]
+        if not found:
+            raise DecDECError("profiles must be at least one, got none")
+        return found
     except DecDECError as error:
         raise DecDECError(f"profile {path}: {error}") from None
 
@@ -271,15 +291,6 @@ def key_of(name: str) -> str:
     return "-".join(words.split()).replace("-super", "s")
 
 
-def find(gpu: str, shapes: Mapping[str, tuple[int, int]], bits: int | float, format: str) -> Profile:
-    """Return the bundled profile of a GPU, by its key or the device's name, for a model of these shapes.
-
-    A measured one goes before a predicted one. Where there is none, DecDECError says what there is.
-    """
-    require_kinds("shapes", shapes)
-    return fitting(read_bundled(key_of(gpu)), shapes, bits, format)
-
-
 def fitting(
     profiles: Sequence[Profile], shapes: Mapping[str, tuple[int, int]], bits: int | float, format: str
 ) -> Profile:
@@ -296,18 +307,12 @@ def fitting(
     return min(found, key=lambda profile: profile.predicted)
 
 
-def choice_for(profile: Profile, slowdown_percent: float, objective: str = "speed") -> Budget:
-    """Return the stored budget of that target and objective; where there is none, what the search finds in
-    the profile's rows, without a measured slowdown: a search for quality needs energies, so that one that is
-    not stored raises DecDECError."""
-    for budget in profile.choices:
-        if (budget.target_percent, budget.objective) == (slowdown_percent, objective):
-            return budget
-    if objective != "speed":
-        stored = ", ".join(f"{b.target_percent:g} {b.objective}" for b in profile.choices) or "none"
-        raise DecDECError(
-            f"a choice of objective {objective!r} must be stored, got {slowdown_percent:g} of {stored}"
-        )
+def choice_for(profile: Profile, slowdown_percent: float) -> Budget:
+    """Return the stored budget of that target, one for speed before one for quality; where there is none,
+    what the paper's search finds in the profile's rows, without a measured slowdown."""
+    stored = [budget for budget in profile.choices if budget.target_percent == slowdown_percent]
+    if stored:
+        return min(stored, key=lambda budget: OBJECTIVES.index(budget.objective))
     return Budget.of(slowdown_percent, search(profile.table(), slowdown_percent))
 
 
