@@ -142,9 +142,13 @@ def _add_bench_prefill(prefill: argparse.ArgumentParser) -> None:
 
 def _add_bench_decode(decode: argparse.ArgumentParser) -> None:
     add_random_model(decode)
-    decode.add_argument("--selection", default="dynamic", choices=SELECTIONS)
-    decode.add_argument("--k-chunk", nargs="+", default=["8"], metavar="K", help="each one setting")
-    decode.add_argument("--n-tb", type=int, default=DEFAULT_N_TB, help="thread blocks that fetch")
+    decode.add_argument("--selection", default="dynamic", choices=SELECTIONS[1:])
+    decode.add_argument(
+        "--k-chunk", nargs="+", default=["8"], metavar="K", help="one setting each (default 8)"
+    )
+    decode.add_argument(
+        "--n-tb", type=int, default=DEFAULT_N_TB, help="thread blocks that fetch (default 16)"
+    )
     decode.add_argument("--prompt", type=int, default=128, help="tokens before (default 128)")
     decode.add_argument("--tokens", type=int, default=256, help="tokens generated (default 256)")
     decode.add_argument("--repeats", type=int, default=3)
@@ -189,7 +193,8 @@ def source_of(options: argparse.Namespace, command: str) -> RandomModel | Path:
     from decdec_core.decode_bench import RandomModel
 
     if (options.shapes is None) == (options.directory is None):
-        raise DecDECError(f"{command} must have either DIR or --shapes, got both or neither")
+        got = "neither" if options.shapes is None else "both"
+        raise DecDECError(f"{command} must have either DIR or --shapes, got {got}")
     if options.directory is not None:
         for name in ("blocks", "bits", "format"):
             if getattr(options, name) is not None:

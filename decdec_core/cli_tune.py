@@ -14,7 +14,7 @@ from decdec_core.config import DecDECError, WeightQuant
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from decdec_core.decode_bench import RandomModel
+    from decdec_core.decode_bench import RandomModel, Setup
     from decdec_core.profiles import Profile
     from decdec_core.tuning import Energy
 
@@ -44,6 +44,7 @@ def add_tune(tune: argparse.ArgumentParser) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
+    from decdec_core.decode_bench import Setup
     from decdec_core.files import write_json
     from decdec_core.profiles import write_profile
     from decdec_core.tune_figure import draw
@@ -56,10 +57,14 @@ def _tune(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None and options.gpu is None:
             raise DecDECError(f"--{name.replace('_', '-')} must be with --gpu NAME, got no name")
     for target in options.slowdown:
-        if not 0 <= target < 1000:
+        if not 0 <= target <= 1000:
             raise DecDECError(f"slowdown must be 0 to 1000 percent, got {target:g}")
+    files = [path.resolve() for path in (options.out, options.json, options.figure) if path is not None]
+    if len(set(files)) < len(files):
+        raise DecDECError(f"--out, --json and --figure must be different files, got {files[0]} twice")
+    setup = Setup(options.prompt, options.tokens)
     options.slowdown = list(dict.fromkeys(options.slowdown))
-    profile = (_predicted if options.gpu is not None else _measured)(options, source)
+    profile = _predicted(options, source) if options.gpu is not None else _measured(options, source, setup)
     write_profile(options.out, profile)
     print(f"{table_of(profile)}\n\nwritten: {options.out}")
     if options.json is not None:
@@ -69,11 +74,15 @@ def _tune(options: argparse.Namespace) -> None:
         draw(profile, options.figure, _own_gpu(options))
 
 
-def _measured(options: argparse.Namespace, source: RandomModel | Path) -> Profile:
-    from decdec_core.decode_bench import Setup, load, place
+def _measured(options: argparse.Namespace, source: RandomModel | Path, setup: Setup) -> Profile:
+    import torch
+
+    from decdec_core.decode_bench import load, place
     from decdec_core.tuning import measured_profile, tuned_profile
 
-    setup, text = Setup(options.prompt, options.tokens), _calibration(options)
+    if not torch.cuda.is_available():
+        raise DecDECError("tune must have a CUDA device, or --gpu NAME to predict for, got neither")
+    text = _calibration(options)
     where, dtype = place("cuda")
     name, config, weight = _about(source)
     profile = measured_profile(name, config, weight)
@@ -104,13 +113,16 @@ def _predicted(options: argparse.Namespace, source: RandomModel | Path) -> Profi
 
 def _own_gpu(options: argparse.Namespace) -> Any:
     """Return the GPU that the options describe in numbers, or None."""
-    from decdec_core.latency import LINK_LATENCY_US, Gpu
+    from decdec_core.latency import GPUS, LINK_LATENCY_US, Gpu
 
     given = [getattr(options, name) for name in _MORE]
     if given == [None] * len(given):
         return None
-    if options.memory_gb_s is None or options.link_gb_s is None:
-        raise DecDECError("a GPU in numbers must have --memory-gb-s and --link-gb-s, got one of them")
+    if options.gpu in GPUS:
+        raise DecDECError(f"a GPU in numbers must have a name of its own, got {options.gpu}, which is known")
+    for name in _MORE[:2]:
+        if getattr(options, name) is None:
+            raise DecDECError(f"a GPU in numbers must have --{name.replace('_', '-')}, got none")
     latency = LINK_LATENCY_US if options.link_latency_us is None else options.link_latency_us
     return Gpu(options.gpu, options.memory_gb_s, options.link_gb_s, latency)
 

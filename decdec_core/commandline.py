@@ -86,7 +86,7 @@ def bits_of(text: str) -> int | float:
 def json_file(text: str) -> Path:
     """Return the path of a file that is to be written; one in no folder is refused before the work begins."""
     path = Path(text)
-    if not path.parent.is_dir() or path.is_dir():
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
     return path
 

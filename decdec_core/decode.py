@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 from decdec_core.config import DecDECError, require_int
@@ -39,6 +40,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for which in ("temperature", "top_p"):
+            if not isinstance(getattr(self, which), (int, float)):
+                raise DecDECError(f"{which} must be a number, got {getattr(self, which)!r}")
         if not self.temperature >= 0:
             raise DecDECError(f"temperature must be 0 or more, got {self.temperature!r}")
         require_int("top_k", self.top_k, 0, _MANY)
@@ -100,6 +104,8 @@ class Decoder:
     def __init__(
         self, model: Any, max_length: int, sampling: Sampling | None = None, compiled: bool = True
     ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise DecDECError(f"model must be a causal language model, got {type(model).__name__}")
         require_int("max_length", max_length, 2, _MANY)
         self.model, self.max_length, self.sampling = model.eval(), max_length, sampling or Sampling()
         self.device = torch.device(model.device)
@@ -122,14 +128,14 @@ class Decoder:
         stop: tokens that end it, by default those of the model's generation_config. Raises DecDECError for a
         prompt that is empty, and one that does not fit into the cache with max_new_tokens.
         """
-        prompt = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1).to(self.device)
-        require_int("max_new_tokens", max_new_tokens, 1, _MANY)
+        require_int("max_new_tokens", max_new_tokens, 1, self.max_length - 1)
+        prompt = _one_sequence(ids, self.model.config.vocab_size).to(self.device)
         if not 0 < prompt.shape[1] <= self.max_length - max_new_tokens:
             raise DecDECError(
                 f"prompt must be 1..{self.max_length - max_new_tokens} tokens for {max_new_tokens} more in a "
                 f"cache of {self.max_length}, got {prompt.shape[1]}"
             )
-        ends = frozenset(_stop_tokens(self.model) if stop is None else stop)
+        ends = _ends(_stop_tokens(self.model) if stop is None else stop)
         if self.device.type == "cuda":
             self._capture()
         self._reset()
@@ -268,6 +274,34 @@ def _forward(model: Any, cache: Cache, compiled: bool) -> Callable[[Tensor], Ten
         forward.__code__.replace(), forward.__globals__, forward.__name__, None, forward.__closure__
     )
     return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+def _one_sequence(ids: Sequence[int] | Tensor, vocabulary: int) -> Tensor:
+    """Return token ids as (1, tokens) int64."""
+    try:
+        prompt = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise DecDECError(f"prompt must be token ids, got {type(ids).__name__}") from None
+    if prompt.dim() == 2 and prompt.shape[0] == 1:
+        prompt = prompt[0]
+    whole = not (prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool)
+    if prompt.dim() != 1 or not (whole or prompt.numel() == 0):
+        raise DecDECError(
+            f"prompt must be one sequence of token ids, got {tuple(prompt.shape)} of {prompt.dtype}"
+        )
+    if prompt.numel() and not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:
+        raise DecDECError(
+            f"prompt must be tokens 0..{vocabulary - 1}, got {int(prompt.min())}..{int(prompt.max())}"
+        )
+    return prompt.to(torch.int64).unsqueeze(0)
+
+
+def _ends(stop: Collection[int]) -> frozenset[int]:
+    if isinstance(stop, str) or not isinstance(stop, Collection):
+        raise DecDECError(f"stop must be a collection of tokens, got {stop!r}")
+    for token in stop:
+        require_int("stop token", token, 0, 2**31 - 1)
+    return frozenset(stop)
 
 
 def _mark() -> torch.cuda.Event:

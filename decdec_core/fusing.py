@@ -7,11 +7,12 @@ computes for all, the others hand out their parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from decdec_core.architectures import decoder_blocks, input_groups
+from decdec_core.architectures import decoder_blocks, input_groups, require_supported
 from decdec_core.config import EXTRAS
 from decdec_core.linear import DecLinear
 
@@ -55,9 +56,11 @@ def fuse(model: nn.Module) -> int:
     bits, in what they do to the input (input_order, input_scale) or in having a bias. A fused model computes
     what it did before; only a random selection draws anew, once for all of them. It cannot be saved.
     """
+    config: Any = getattr(model, "config", None)
+    require_supported(config)
     fused = 0
     for block in decoder_blocks(model).values():
-        for group in input_groups(model.config):
+        for group in input_groups(config):
             if len(group.linears) == 1:
                 continue
             layers = [block.get_submodule(linear) for linear in group.linears]

@@ -91,6 +91,8 @@ class DecDECLM(HFLM):
             asked = (budget["slowdown"], profiles, config, quantization.weight)
             self.budget = find_budget(*asked, self.compensation.selection)
             self.compensation = compensation_of(self.budget.budget, **self.compensation.to_dict())
+            if not any(self.compensation.k_chunk):
+                warnings.warn(f"at a slowdown of {budget['slowdown']} % nothing is compensated", stacklevel=2)
         try:
             super().__init__(pretrained=folder, device=device, **arguments)
         except OSError as error:  # transformers' word for a model that is not there, in several lines
@@ -219,7 +221,7 @@ def _profiles(budget: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Prof
         if budget.get("gpu") is not None:
             raise DecDECError(f"gpu must be with slowdown, got gpu={budget['gpu']} alone")
         return []
-    if not isinstance(slowdown, (int, float)) or isinstance(slowdown, bool) or not 0 <= slowdown < 1000:
+    if not isinstance(slowdown, (int, float)) or isinstance(slowdown, bool) or not 0 <= slowdown <= 1000:
         raise DecDECError(f"slowdown must be 0 to 1000 percent, got {slowdown!r}")
     for name in ("k_chunk", "n_tb"):
         if name in chosen:

@@ -150,3 +150,10 @@ def test_no_tokenizer_a_full_disk_and_an_interruption_cost_one_line(
     monkeypatch.setattr(workfolder, "write_tensors", fail(KeyboardInterrupt()))
     assert main([*build, str(tiny_model_dir)]) == 130
     assert "interrupted: the same command goes on" in capsys.readouterr().err
+
+
+def test_a_device_is_not_replaced_by_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "kernels", "--json", "/dev/null"])
+    assert "must be a file in a folder that exists, got '/dev/null'" in capsys.readouterr().err
+    assert not Path("/dev/null").is_file()

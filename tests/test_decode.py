@@ -156,6 +156,7 @@ def test_what_sampling_leaves_out() -> None:
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
         ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
         ({"top_k": -1}, "top_k must be 0..1048576, got -1"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
@@ -173,10 +174,27 @@ def test_refused_prompts(tiny_artifact_dir: Path, ids: Tensor) -> None:
     for prompt, count, message in (
         (ids, 17, "prompt must be 1..23 tokens for 17 more in a cache of 40, got 24"),
         (ids[:0], 1, "prompt must be 1..39 tokens for 1 more in a cache of 40, got 0"),
-        (ids, 0, "max_new_tokens must be 1..1048576, got 0"),
+        (ids, 0, "max_new_tokens must be 1..39, got 0"),
+        (ids, 1000, "max_new_tokens must be 1..39, got 1000"),
+        (ids.expand(2, -1), 4, r"prompt must be one sequence of token ids, got \(2, 24\) of torch.int64"),
+        (ids.float(), 4, r"prompt must be one sequence of token ids, got \(24,\) of torch.float32"),
+        ("hello", 4, "prompt must be token ids, got str"),
+        ([-1, 3], 4, "prompt must be tokens 0..258, got -1..3"),
+        ([3, 10**6], 4, "prompt must be tokens 0..258, got 3..1000000"),
     ):
         with pytest.raises(DecDECError, match=message):
             decoder.generate(prompt, count)
+    for stop, message in (
+        (260, "got 260"),
+        ("ab", "got 'ab'"),
+        (["a"], "stop token must be 0"),
+        ([-1], "got -1"),
+    ):
+        with pytest.raises(DecDECError, match=message):
+            decoder.generate(ids, 4, stop=stop)
+    for model in (None, torch.nn.Linear(2, 2)):
+        with pytest.raises(DecDECError, match="model must be a causal language model, got"):
+            Decoder(model, 8)
     with pytest.raises(DecDECError, match="max_length must be 2"):
         Decoder(decoder.model, 1)
 

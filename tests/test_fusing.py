@@ -142,3 +142,9 @@ def test_extras_that_agree_are_kept() -> None:
     x = torch.randn(3, 160)
     whole = DecLinear.join(layers)
     assert torch.allclose(whole(x), torch.cat([layer(x) for layer in layers], -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [None, nn.Linear(2, 2)])
+def test_what_is_no_model_is_refused(model: nn.Module) -> None:
+    with pytest.raises(DecDECError, match=r"model_type must be one of llama, .*, got 'none'"):
+        fuse(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,28 @@ def test_budgets_that_are_none_are_refused(
 ) -> None:
     with pytest.raises(DecDECError, match=message):
         make(profile)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k_chunk": (99, 99, 99, 99)}, "must be in the rows, 0..20 of qkv, got 99"),
+        ({"n_tb": 12}, "must be in the rows, one of 8, got 12"),
+        ({"k_chunk": (10, 9, 9, 9)}, "for 5 % must be 9.250, as in the rows, got 9.0"),
+        ({"n_tb": 0, "k_chunk": (0, 0, 0, 0)}, "for 5 % must be 0.000, as in the rows, got 9.0"),
+    ],
+)
+def test_a_choice_that_the_rows_do_not_give_is_refused(
+    changes: dict[str, Any], message: str, profile: Profile
+) -> None:
+    with pytest.raises(DecDECError, match=re.escape(message)):
+        replace(profile, choices=[replace(profile.choices[0], **changes)])
+
+
+@pytest.mark.parametrize("changes", [{"environment": None}, {"predicted": True}])
+def test_a_measurement_of_nowhere_is_refused(changes: dict[str, Any], profile: Profile) -> None:
+    with pytest.raises(DecDECError, match="measured_percent must be in a measured profile with its environm"):
+        replace(profile, **changes)
 
 
 # ---- what is chosen

@@ -129,6 +129,7 @@ def test_a_profile_is_tuned_on_a_model(tiny_artifact_dir: Path, monkeypatch: pyt
         base_us=dict.fromkeys(PROJECTION_KINDS, 10.0),
         rows=rows(),
         choices=[],
+        environment={"hardware": "gpu"},
     )
     tuned = tuned_profile(profile, model, [10.0, 20.0], Setup(8, 4))
     for budget in tuned.choices:
@@ -179,12 +180,18 @@ def test_the_command_predicts_for_quality_and_for_numbers(tiny_artifact_dir: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "tune must have either DIR or --shapes, got both or neither"),
+        ([], "tune must have either DIR or --shapes, got neither"),
+        (["x", "--shapes", "llama-3-8b"], "tune must have either DIR or --shapes, got both"),
+        (["--shapes", "llama-3-8b", "--gpu", "rtx-4090", "--tokens", "-5"], "tokens must be 2"),
+        (
+            ["--shapes", "llama-3-8b", "--gpu", "h200", "--link-gb-s", "3"],
+            "must have a name of its own, got h200",
+        ),
         (["--shapes", "llama-3-8b", "--objective", "quality"], "objective quality must be with an artifact"),
         (["--shapes", "llama-3-8b", "--link-gb-s", "3"], "--link-gb-s must be with --gpu NAME, got no name"),
         (
             ["--shapes", "llama-3-8b", "--gpu", "x", "--link-gb-s", "3"],
-            "must have --memory-gb-s and --link-gb-s",
+            "must have --memory-gb-s, got none",
         ),
         (["--shapes", "llama-3-8b", "--gpu", "rtx-4050"], "got 'rtx-4050' (did you mean 'rtx-4"),
         (["--shapes", "llama-3-8b", "--gpu", "rtx-4090", "--slowdown", "-1"], "slowdown must be 0 to 1000"),
@@ -216,6 +223,12 @@ def test_layers_that_the_timed_kernels_do_not_take_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_two_results_in_one_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--out", str(tmp_path / "p.json"), "--json", str(tmp_path / "." / "p.json")]
+    assert cli.main(["tune", "--shapes", "llama-3-8b", "--gpu", "h200", *files]) == 2
+    assert "--out, --json and --figure must be different files, got" in capsys.readouterr().err
+
+
 def test_a_target_named_twice_is_one(tiny_artifact_dir: Path, tmp_path: Path) -> None:
     out, rows = tmp_path / "p.json", tmp_path / "rows.json"
     arguments = ["tune", str(tiny_artifact_dir), "--gpu", "rtx-4090", "--slowdown", "5", "5.0"]
@@ -229,7 +242,7 @@ def test_a_target_named_twice_is_one(tiny_artifact_dir: Path, tmp_path: Path) ->
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_measuring_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune", "--shapes", "llama-3-8b", "--out", str(tmp_path / "p.json")]) == 2
-    assert "must have a CUDA device, got none" in capsys.readouterr().err
+    assert "must have a CUDA device, or --gpu NAME to predict for, got neither" in capsys.readouterr().err
 
 
 def test_an_unknown_target_in_a_profile_is_refused() -> None:

@@ -42,6 +42,7 @@ TARGETS = (2.5, 5.0, 10.0, 20.0)  # slowdowns that the paper evaluates, in perce
 PREDICTED_N_TB = (1, 2, 4, 8, 16)
 _ROW_KEYS = ("kind", "n_tb", "k_chunk", "time_us")
 _FOLDER = Path(__file__).parent
+_ROUNDED = 0.01  # points: percents and times are written with three decimals
 PREDICTED_MODELS = ("llama-3-8b", "phi-3-medium", "smollm2-135m")  # of shapes.MODELS, at PREDICTED_BITS
 PREDICTED_BITS = (3, 4)
 
@@ -137,6 +138,10 @@ class Profile(_Config):
         object.__setattr__(self, "choices", [_budget(choice) for choice in self.choices])
         for choice in self.choices:
             _require_offered(choice, table)
+            if choice.measured_percent is not None and (self.predicted or self.environment is None):
+                raise DecDECError(
+                    "measured_percent must be in a measured profile with its environment, got it without"
+                )
         targets = [(choice.target_percent, choice.objective) for choice in self.choices]
         if len(set(targets)) < len(targets):
             raise DecDECError(f"choices must be one for a target and objective, got {targets}")
@@ -178,18 +183,22 @@ def _budget(choice: Budget | Mapping[str, Any]) -> Budget:
 
 
 def _require_offered(choice: Budget, table: TimingTable) -> None:
-    if not choice.n_tb:
-        return
+    """Raise DecDECError for a choice that the rows do not offer, or at another slowdown than they say."""
     about = f"of the choice for {choice.target_percent:g} %"
-    if choice.n_tb not in table.curves:
+    if choice.n_tb and choice.n_tb not in table.curves:
         counts = ", ".join(map(str, sorted(table.curves)))
         raise DecDECError(f"n_tb {about} must be in the rows, one of {counts}, got {choice.n_tb}")
-    curves = table.curves[choice.n_tb]
-    for kind, k_chunk, curve in zip(PROJECTION_KINDS, choice.k_chunk, curves, strict=True):
+    curves = table.curves.get(choice.n_tb, ())
+    for kind, k_chunk, curve in zip(PROJECTION_KINDS, choice.k_chunk, curves, strict=False):
         if k_chunk >= len(curve):
             raise DecDECError(
                 f"k_chunk {about} must be in the rows, 0..{len(curve) - 1} of {kind}, got {k_chunk}"
             )
+    percent = 100 * (table.time_us(choice.n_tb, choice.k_chunk) / float(table.base_us.sum()) - 1)
+    if abs(percent - choice.predicted_percent) > _ROUNDED:
+        raise DecDECError(
+            f"predicted_percent {about} must be {percent:.3f}, as in the rows, got {choice.predicted_percent}"
+        )
 
 
 def _require_keys(which: str, got: object, keys: Sequence[str], optional: Sequence[str] = ()) -> None:
