@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from conftest import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from decdec_core import decode
 from decdec_core.config import Compensation, DecDECError
 from decdec_core.decode import Decoder, Generation, Sampling
 from decdec_core.fusing import fuse
@@ -101,6 +103,22 @@ def test_the_same_compensation_set_anew(device: str, tiny_artifact_dir: Path, id
     assert decoder.generate(ids, 30, stop=()).tokens == wanted
     fuse(model)
     assert decoder.generate(ids, 30, stop=()).tokens == wanted
+
+
+@pytest.mark.parametrize(("architecture", "decoders"), [("llama", 9), ("mistral", 1), ("phi3", 1)])
+def test_a_step_is_traced_whole_by_any_number_of_decoders(
+    architecture: str, decoders: int, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU by hand, as a Decoder does on a GPU; the compiler allows a function eight traces."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model = tiny_model(architecture).eval()
+    fuse(model)
+    wanted = Decoder(model, 40).generate(ids, 4, stop=()).tokens
+    for max_length in range(40, 40 + decoders):
+        decoder = Decoder(model, max_length)
+        decoder._forward = decode._forward(model, decoder.cache, compiled=True)
+        assert decoder.generate(ids, 4, stop=()).tokens == wanted
 
 
 @pytest.mark.cuda
