@@ -69,7 +69,9 @@ def groups_of(in_features: int, group_size: int) -> int:
     return -(-in_features // group_size)
 
 
-class _Config:
+class Config:
+    """A frozen dataclass that travels as JSON."""
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the configuration saved by to_dict; unknown keys raise DecDECError."""
@@ -88,7 +90,7 @@ class _Config:
 
 
 @dataclass(frozen=True)
-class WeightQuant(_Config):
+class WeightQuant(Config):
     """The low-bit base weight.
 
     method: how it was made, one of ALL_METHODS. bits: 2..5, or an average in half steps, where half of the
@@ -134,7 +136,7 @@ class WeightQuant(_Config):
 
 
 @dataclass(frozen=True)
-class ResidualQuant(_Config):
+class ResidualQuant(Config):
     """The residual in CPU memory. bits: 2, 4, 8, or 16 for the residual itself in float16."""
 
     bits: int = 4
@@ -144,7 +146,7 @@ class ResidualQuant(_Config):
 
 
 @dataclass(frozen=True)
-class Compensation(_Config):
+class Compensation(Config):
     """Which channels are compensated, how many, and for which tokens.
 
     selection: see channels.py. k_chunk: channels per 1024, one number or one each for qkv, o, gate_up

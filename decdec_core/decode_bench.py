@@ -227,7 +227,7 @@ def decode_rows(
     Rows: model (`name`), how ("captured" on a GPU, "eager" on a CPU, or "generate"), selection, k_chunk,
     n_tb, prompt, tokens, tokens_per_second (median of the repeats), least and most, median_ms, p10_ms and
     p90_ms of a step, first_ms, slowdown_percent (of the median step against the row of k_chunk 0, None
-    without one), fetched_bytes (a token), gpu_bytes (of weights). A layer's setting "none" comes first.
+    without one), fetched_bytes (a token), gpu_bytes (of weights). The first of `compensations` is "none".
     """
     decoder, ids = Decoder(model, setup.prompt + setup.tokens), setup.ids(model.config.vocab_size)
     low_bit = bool(dec_layers(model))

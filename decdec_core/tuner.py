@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from decdec_core.config import (
     CHUNK,
     PROJECTION_KINDS,
+    Config,
     DecDECError,
-    _Config,
     require_int,
     require_one_of,
     total_channels,
@@ -35,7 +35,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Choice(_Config):
+class Choice(Config):
     """What a tuner chose. n_tb: thread blocks that compensate, 0 where none does. k_chunk: of qkv, o, gate_up
     and down. predicted_percent: slowdown of the four's summed time over k_chunk 0, from the timing rows.
     objective: one of OBJECTIVES."""

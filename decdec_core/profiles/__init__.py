@@ -19,8 +19,8 @@ from decdec_core.config import (
     KERNEL_BITS,
     PROJECTION_KINDS,
     SELECTIONS,
+    Config,
     DecDECError,
-    _Config,
     require_int,
     require_one_of,
     suggest,
@@ -48,7 +48,7 @@ PREDICTED_BITS = (3, 4)
 
 
 @dataclass(frozen=True)
-class Budget(_Config):
+class Budget(Config):
     """What was chosen for a slowdown of target_percent: n_tb, k_chunk, predicted_percent and objective as in
     tuner.Choice. measured_percent: of a whole decoding step, None where it was not measured, and so are
     tokens_per_second, with and without (baseline) compensation in one run."""
@@ -81,7 +81,7 @@ class Budget(_Config):
 
 
 @dataclass(frozen=True)
-class Profile(_Config):
+class Profile(Config):
     """Timing rows of one GPU, model, bits and format, and the budgets that follow.
 
     gpu: the device's own name, or gpu_key where it is predicted. driver: None where it is predicted. shapes:
