@@ -29,8 +29,9 @@ class First(nn.Module):
         self.rest: list[Tensor | None] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        part, *self.rest = self.get_submodule(self.name)(x).split(self.sizes, dim=-1)
-        return part
+        parts = self.get_submodule(self.name)(x).split(self.sizes, dim=-1)
+        self.rest = list(parts[1:])  # a starred assignment is a tuple to the compiler of torch 2.11
+        return parts[0]
 
 
 class Later(nn.Module):
