@@ -103,6 +103,9 @@ TORCH_LIBRARY(decdec, m) {
       "str selection, Tensor? indices, Tensor? floors, int seed, int k_chunk, int n_tb, Tensor(a!) y) -> ()");
   m.def(
       "dequantize_residual(Tensor codes, Tensor scale, int bits, Tensor? channels, Tensor(a!) dense) -> ()");
+  m.def(
+      "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor position, float scaling, "
+      "Tensor(a!) out) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(decdec, CPU, m) {

@@ -1,8 +1,8 @@
 """Generation of one sequence with a static key-value cache: on a GPU a step is one captured CUDA graph.
 
-The step is the model's own forward pass, its small operations fused by torch.compile, captured once and
-replayed for every token; the token that it chooses stays on the GPU as the next step's input. On a CPU the
-same interface runs the model as it is.
+The step is the model's own forward pass with the attention of attention.py, its small operations fused by
+torch.compile, captured once and replayed for every token; the token that it chooses stays on the GPU as the
+next step's input. On a CPU the same interface runs the model as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from types import FunctionType
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
 
+from decdec_core.attention import attending, static_cache
 from decdec_core.config import DecDECError, require_int
 from decdec_core.linear import DecLinear
 from decdec_core.model import dec_layers
@@ -109,13 +111,14 @@ class Decoder:
         require_int("max_length", max_length, 2, _MANY)
         self.model, self.max_length, self.sampling = model.eval(), max_length, sampling or Sampling()
         self.device = torch.device(model.device)
-        self.cache = _cache(model.config, max_length)
         self.generator = torch.Generator(self.device)
         self.token = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
         self.tokens = torch.zeros(max_length, dtype=torch.int64, device=self.device)
         self.count = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.length = torch.zeros(1, dtype=torch.int64, device=self.device)  # of what the cache holds
+        self.cache = _cache(model.config, max_length, self.length)
         self.compiled = compiled and self.device.type == "cuda"
-        self._forward = _forward(self.model, self.cache, self.compiled)
+        self._chosen = self._new_chosen()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: list[tuple[object, ...]] = []
 
@@ -136,19 +139,19 @@ class Decoder:
                 f"cache of {self.max_length}, got {prompt.shape[1]}"
             )
         ends = _ends(_stop_tokens(self.model) if stop is None else stop)
-        if self.device.type == "cuda":
-            self._capture()
-        self._reset()
-        self.generator.manual_seed(self.sampling.seed)
-        start = time.perf_counter()
-        cached = {"past_key_values": self.cache, "use_cache": True}
-        self._keep(self._next(self.model(prompt, **cached, logits_to_keep=1).logits))
-        tokens = self.tokens[:1].tolist()
-        first_s = time.perf_counter() - start
-        if tokens[-1] in ends or max_new_tokens == 1:
-            return Generation(tokens, first_s, [])
-        run = self._steps_on_gpu if self.device.type == "cuda" else self._steps_on_cpu
-        step_s = run(max_new_tokens - 1, ends)
+        with attending(self.model):
+            if self.device.type == "cuda":
+                self._capture()
+            self._reset()
+            self.generator.manual_seed(self.sampling.seed)
+            start = time.perf_counter()
+            self._keep(self.sampling.choose(self._read(prompt), self.generator))
+            tokens = self.tokens[:1].tolist()
+            first_s = time.perf_counter() - start
+            if tokens[-1] in ends or max_new_tokens == 1:
+                return Generation(tokens, first_s, [])
+            run = self._steps_on_gpu if self.device.type == "cuda" else self._steps_on_cpu
+            step_s = run(max_new_tokens - 1, ends)
         tokens = self.tokens[: 1 + len(step_s)].tolist()
         last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
         return Generation(tokens[: last + 1], first_s, step_s)
@@ -184,8 +187,13 @@ class Decoder:
         marks[-1].synchronize()
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
 
-    def _next(self, logits: Tensor) -> Tensor:
-        return self.sampling.choose(logits[:, -1], self.generator)
+    def _read(self, prompt: Tensor) -> Tensor:
+        """Return the logits (1, vocabulary) after a prompt (1, tokens), from an empty cache."""
+        places = torch.arange(prompt.shape[1], device=self.device).unsqueeze(0)
+        cached = {"past_key_values": self.cache, "use_cache": True}
+        logits = self.model(prompt, position_ids=places, **cached, logits_to_keep=1).logits
+        self.length.add_(prompt.shape[1])
+        return logits[:, -1]
 
     def _keep(self, token: Tensor) -> None:
         self.token.copy_(token.unsqueeze(1))
@@ -193,10 +201,21 @@ class Decoder:
         self.count.add_(1)
 
     def _step(self) -> None:
-        self._keep(self._next(self._forward(self.token)))
+        self._keep(self._chosen(self.token, self.length.unsqueeze(0)))
+        self.length.add_(1)
+
+    def _new_chosen(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the function of a token and its position that gives the next token."""
+        choose = partial(self.sampling.choose, generator=self.generator)
+        if self.sampling.temperature == 0:
+            return _forward(self.model, self.cache, choose, self.compiled)
+        # a draw is nothing that a compiler takes
+        logits = _forward(self.model, self.cache, lambda logits: logits, self.compiled)
+        return lambda token, position: choose(logits(token, position))
 
     def _reset(self) -> None:
         self.cache.reset()
+        self.length.zero_()
         self.count.zero_()
 
     def replay(self, steps: int) -> None:
@@ -204,7 +223,7 @@ class Decoder:
         `generate`. Raises DecDECError where the cache does not hold them."""
         if self._graph is None:
             raise DecDECError("steps must be replayed after generate on a GPU, got none captured")
-        room = self.max_length - int(self.cache.get_seq_length())
+        room = self.max_length - int(self.length)
         require_int("steps", steps, 1, room)
         for _ in range(steps):
             self._graph.replay()
@@ -218,7 +237,7 @@ class Decoder:
             layer.hold_step()
         if self.compiled and not all(layer.steps_as_one(self.model.dtype) for layer in layers):
             # their settings are constants of the trace, of which a function may have a few only
-            self._forward = _forward(self.model, self.cache, True)
+            self._chosen = self._new_chosen()
         self._graph = None  # its memory first
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -238,7 +257,7 @@ class Decoder:
     def _reset_to_one(self) -> None:
         """Let the cache, which gets its memory from the first prompt, hold one token."""
         self._reset()
-        self.model(self.token, past_key_values=self.cache, use_cache=True)
+        self._read(self.token)
 
 
 def _state(layer: DecLinear) -> tuple[object, ...]:
@@ -252,20 +271,22 @@ def _same(one: list[tuple[object, ...]], other: list[tuple[object, ...]]) -> boo
     )
 
 
-def _cache(config: Any, max_length: int) -> Cache:
-    """Return a cache of full layers also for a model whose attention reaches back over a window only: their
-    own kind counts tokens where a capture freezes the count."""
+def _cache(config: Any, max_length: int, length: Tensor) -> Cache:
+    """Return a cache of full layers, which serves attention over a window too while all fits into it."""
     window = getattr(config, "sliding_window", None)
     if window is not None and max_length > window:
         raise DecDECError(f"max_length must be at most the attention's window of {window}, got {max_length}")
-    return Cache(layers=[StaticLayer(max_cache_len=max_length) for _ in range(config.num_hidden_layers)])
+    return static_cache(config.num_hidden_layers, max_length, length)
 
 
-def _forward(model: Any, cache: Cache, compiled: bool) -> Callable[[Tensor], Tensor]:
-    """Return the function of a token that gives the next logits."""
+def _forward(
+    model: Any, cache: Cache, choose: Callable[[Tensor], Tensor], compiled: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function of a token (1, 1) and its position (1, 1) that chooses from the logits after it."""
 
-    def forward(token: Tensor) -> Tensor:
-        return model(token, past_key_values=cache, use_cache=True).logits
+    def forward(token: Tensor, position: Tensor) -> Tensor:
+        cached = {"past_key_values": cache, "use_cache": True}
+        return choose(model(token, position_ids=position, **cached).logits[:, -1])
 
     if not compiled:
         return forward

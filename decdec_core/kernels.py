@@ -28,7 +28,7 @@ from decdec_core.config import DecDECError, require_one_of
 
 _OPS = (
     *("select_topk", "select_buckets", "select_random", "compensate"),
-    *("select_and_compensate", "dequantize", "linear", "dequantize_residual"),
+    *("select_and_compensate", "dequantize", "linear", "dequantize_residual", "decode_attention"),
 )
 # -Wno-psabi: vectors wider than the machine's registers are passed among inlined functions only
 _CFLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")

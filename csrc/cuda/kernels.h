@@ -90,6 +90,33 @@ cudaError_t plan(const Weight& weight, const Activations& x, int n_tb, Plan* res
 cudaError_t linear(const Weight& weight, const Activations& x, const Selection* selection,
                    const Residual* residual, const Plan& plan, void* y, float* workspace, cudaStream_t stream);
 
+// One token's attention over a static cache. query (heads, d), keys and values (key_heads, capacity, d), of float16 or
+// bfloat16; d a multiple of 8, at most 256. position: how many tokens came before it, below capacity; its own key and
+// value are the cache's last.
+struct DecodeAttention {
+  const void* query;
+  const void* keys;
+  const void* values;
+  const int64_t* position;
+  Scalar scalar;
+  int heads, key_heads, capacity, d;
+  float scaling;
+};
+
+struct AttentionPlan {
+  int groups_each, groups;  // of query heads that a block has: of a key head, of all
+  int splits;               // of the tokens
+  bool overlap;             // with the end of the launch before it
+  int64_t slots;            // floats of workspace
+};
+
+cudaError_t plan(const DecodeAttention& attention, AttentionPlan* result);
+
+// out (heads, d). What came before the token must be complete before the launch that precedes this one.
+// workspace: plan.slots words, each kEmpty before and after.
+cudaError_t decode_attention(const DecodeAttention& attention, const AttentionPlan& plan, void* out, float* workspace,
+                             cudaStream_t stream);
+
 // The bit pattern of a workspace word that no value has reached yet; a NaN that no sum is stored as.
 constexpr uint32_t kEmpty = 0xffffffffu;
 

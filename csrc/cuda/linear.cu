@@ -1,6 +1,7 @@
 // Launches of the product (product.cuh), for every type, format and width.
 #include <algorithm>
 
+#include "launch.h"
 #include "product.cuh"
 
 namespace decdec::cuda {
@@ -26,8 +27,6 @@ cudaError_t with_kernel(const Weight& weight, const Activations& x, const Work& 
   if (half) return with_bits<__half, Format::codebook>(weight.bits, x.tokens, work);
   return with_bits<__nv_bfloat16, Format::codebook>(weight.bits, x.tokens, work);
 }
-
-int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // Lets the kernel have all the shared memory that a block can: always the same, so that launches from several threads
 // do not undo each other's word. Said anew at each launch: it costs under a microsecond, and there may be many devices.
@@ -79,15 +78,13 @@ cudaError_t tokens_at_once(const Weight& weight, const Activations& x, int* toke
 
 cudaError_t plan(const Weight& weight, const Activations& x, int n_tb, Plan* result) {
   return with_kernel(weight, x, [&](auto kernel, size_t bytes) {
-    int device, processors, per_processor, major;
-    cudaFuncAttributes compiled;
+    int device, processors, per_processor;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = prepare(kernel, device);
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
+    if (error == cudaSuccess) error = can_overlap(kernel, device, &result->overlap);
     if (error == cudaSuccess) {
       error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     }
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error == cudaSuccess) {
       error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, bytes);
     }
@@ -98,8 +95,6 @@ cudaError_t plan(const Weight& weight, const Activations& x, int n_tb, Plan* res
     const int resident = per_processor * processors, half = (resident + 1) / 2;
     result->tiles_each = divide_tiles(tiles, std::max(resident - result->columns * result->pieces, half));
     result->base_blocks = divide_up(tiles, result->tiles_each);
-    // not for code compiled for an older target, in which wait_for_previous is empty
-    result->overlap = major >= 9 && compiled.ptxVersion >= 90;
     result->slots = int64_t{x.tokens} * kSlab * (result->base_blocks + result->pieces * slabs);
     return cudaSuccess;
   });
@@ -122,17 +117,7 @@ cudaError_t linear(const Weight& weight, const Activations& x, const Selection* 
   work.shares = workspace;
   work.compensation = workspace + int64_t{plan.base_blocks} * x.tokens * kSlab;
   return with_kernel(weight, x, [&](auto kernel, size_t bytes) {
-    cudaLaunchAttribute overlap;
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t shape{};
-    shape.gridDim = plan.columns * plan.pieces + plan.base_blocks;
-    shape.blockDim = kThreads;
-    shape.dynamicSmemBytes = bytes;
-    shape.stream = stream;
-    shape.attrs = &overlap;
-    shape.numAttrs = plan.overlap ? 1 : 0;
-    return cudaLaunchKernelEx(&shape, kernel, work);
+    return launch(kernel, plan.columns * plan.pieces + plan.base_blocks, bytes, plan.overlap, stream, work);
   });
 }
 
