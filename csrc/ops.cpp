@@ -103,9 +103,11 @@ TORCH_LIBRARY(decdec, m) {
       "str selection, Tensor? indices, Tensor? floors, int seed, int k_chunk, int n_tb, Tensor(a!) y) -> ()");
   m.def(
       "dequantize_residual(Tensor codes, Tensor scale, int bits, Tensor? channels, Tensor(a!) dense) -> ()");
+  m.def("add_norm(Tensor? added, Tensor(a!) hidden, Tensor weight, float eps, Tensor(b!) out) -> ()");
+  m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
-      "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor position, float scaling, "
-      "Tensor(a!) out) -> ()");
+      "decode_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor cosines, "
+      "Tensor sines, Tensor? query_norm, Tensor? key_norm, float eps, float scaling, Tensor(c!) out) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(decdec, CPU, m) {

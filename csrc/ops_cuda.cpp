@@ -9,29 +9,15 @@
 #include <algorithm>
 #include <optional>
 
-#include "checks.h"
-#include "cuda/kernels.h"
+#include "checks_cuda.h"
 #include "cuda/workspace.h"
 #include "layout.h"
 
 namespace decdec {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-cuda::Scalar scalar_of(const at::Tensor& t) {
-  const at::ScalarType type = t.scalar_type();
-  return type == at::kFloat  ? cuda::Scalar::float32
-         : type == at::kHalf ? cuda::Scalar::float16
-                             : cuda::Scalar::bfloat16;
-}
-
 cuda::Activations activations(const at::Tensor& x) {
   return {x.const_data_ptr(), scalar_of(x), static_cast<int>(x.size(0)), static_cast<int>(x.size(1))};
-}
-
-void check_on_device(const char* which, const at::Tensor& got, const at::Tensor& x) {
-  DECDEC_CHECK(got.device() == x.device(), which, "on " + x.device().str(), got.device().str());
 }
 
 // Device memory, or host memory that the device can read.
@@ -42,11 +28,6 @@ void check_readable(const char* which, const at::Tensor& got, const at::Tensor& 
   const bool pinned = known && attributes.type == cudaMemoryTypeHost;
   DECDEC_CHECK(pinned || got.numel() == 0, which, "on " + x.device().str() + " or in pinned host memory",
                got.device().str());
-}
-
-void check_16_bytes(const char* which, const at::Tensor& got) {
-  DECDEC_CHECK(reinterpret_cast<uintptr_t>(got.const_data_ptr()) % 16 == 0, which, "aligned to 16 bytes",
-               std::string("another address"));
 }
 
 cuda::Selection by_rule(cuda::Selection::Kind kind, int64_t k_chunk, int64_t seed) {
@@ -321,53 +302,6 @@ void dequantize_residual(const at::Tensor& codes, const at::Tensor& scale, int64
                                            dense.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
 }
 
-// The position is not looked at, which would mean to wait for it.
-void decode_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
-                      const at::Tensor& position, double scaling, at::Tensor out) {
-  const at::ScalarType type = query.scalar_type();
-  DECDEC_CHECK(type == at::kHalf || type == at::kBFloat16, "query", "float16 or bfloat16 on a GPU", type);
-  DECDEC_CHECK(query.dim() == 2 && query.numel() > 0, "query", "(heads, d)", query.sizes());
-  DECDEC_CHECK(keys.dim() == 3 && keys.numel() > 0, "keys", "(key heads, capacity, d)", keys.sizes());
-  const int64_t heads = query.size(0), d = query.size(1), key_heads = keys.size(0), capacity = keys.size(1);
-  DECDEC_CHECK(d % 8 == 0 && d <= 256, "d", "a multiple of 8, at most 256, on a GPU", d);
-  DECDEC_CHECK(keys.size(2) == d, "d of keys", text(d), keys.size(2));
-  check_int("heads", heads, 1, 65535);
-  DECDEC_CHECK(heads % key_heads == 0, "heads", "a multiple of " + text(key_heads), heads);
-  check_int("capacity", capacity, 1, INT32_MAX / 2);
-  DECDEC_CHECK(values.sizes() == keys.sizes(), "values", text(keys.sizes()), values.sizes());
-  DECDEC_CHECK(out.sizes() == query.sizes(), "out", text(query.sizes()), out.sizes());
-  check_dtype("position", position, at::kLong);
-  DECDEC_CHECK(position.numel() == 1, "position", "of one number", position.sizes());
-  check_on_device("position", position, query);
-  const auto check_like_query = [&](const char* which, const at::Tensor& got) {
-    check_on_device(which, got, query);
-    check_dtype(which, got, type);
-    DECDEC_CHECK(got.is_contiguous(), which, "contiguous", got.strides());
-    check_16_bytes(which, got);
-  };
-  check_like_query("query", query);
-  check_like_query("keys", keys);
-  check_like_query("values", values);
-  check_like_query("out", out);
-  const cuda::DecodeAttention attention{query.const_data_ptr(),
-                                        keys.const_data_ptr(),
-                                        values.const_data_ptr(),
-                                        position.const_data_ptr<int64_t>(),
-                                        scalar_of(query),
-                                        static_cast<int>(heads),
-                                        static_cast<int>(key_heads),
-                                        static_cast<int>(capacity),
-                                        static_cast<int>(d),
-                                        static_cast<float>(scaling)};
-  const c10::cuda::CUDAGuard guard(query.device());
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  cuda::AttentionPlan plan;
-  float* workspace;
-  C10_CUDA_CHECK(cuda::plan(attention, &plan));
-  C10_CUDA_CHECK(cuda::workspace_of(stream, plan.slots, &workspace));
-  C10_CUDA_CHECK(cuda::decode_attention(attention, plan, out.mutable_data_ptr(), workspace, stream));
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(decdec, CUDA, m) {
@@ -379,7 +313,6 @@ TORCH_LIBRARY_IMPL(decdec, CUDA, m) {
   m.impl("dequantize", &dequantize);
   m.impl("linear", &linear);
   m.impl("dequantize_residual", &dequantize_residual);
-  m.impl("decode_attention", &decode_attention);
 }
 
 }  // namespace decdec

@@ -1,34 +1,33 @@
 """Generation of one sequence with a static key-value cache: on a GPU a step is one captured CUDA graph.
 
-The step is the model's own forward pass with the attention of attention.py, its small operations fused by
-torch.compile, captured once and replayed for every token; the token that it chooses stays on the GPU as the
-next step's input. On a CPU the same interface runs the model as it is.
+The prompt is the model's own forward pass. A step (decode_step.py) is captured once and replayed for every
+token; the token that it chooses stays on the GPU as the next step's input. On a CPU the same interface runs
+the step as it is.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from decdec_core.attention import attending, static_cache
 from decdec_core.config import DecDECError, require_int
+from decdec_core.decode_step import Step
 from decdec_core.linear import DecLinear
 from decdec_core.model import dec_layers
 
-_WARM_UPS = 3  # before a capture: what is made at first use, and compiled
+_WARM_UPS = 2  # before a capture: what is made at first use
 _AT_ONCE = 16  # steps launched before the tokens of those before them are looked at
 _MANY = 1 << 20
+_PARTS = 256  # of a vocabulary, in the search for the most likely token
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Sampling:
     def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """Return the next token (rows,) int64 for logits (rows, vocabulary)."""
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return _most_likely(logits)
         scores = logits.float() / self.temperature
         if 0 < self.top_k < scores.shape[-1]:
             least = scores.topk(self.top_k).values[..., -1:]
@@ -68,6 +67,15 @@ class Sampling:
         # the least of exponential times with these rates: a draw without a look at the probabilities' sum
         waits = torch.empty_like(scores).exponential_(generator=generator)
         return (scores.softmax(-1) / waits).argmax(-1)
+
+
+def _most_likely(logits: Tensor) -> Tensor:
+    """Return argmax(-1), the first of equals, in two rounds: torch's own has a single block for a row."""
+    rows, vocabulary = logits.shape
+    parts = math.gcd(vocabulary, _PARTS)
+    best, index = logits.view(rows, parts, -1).max(-1)
+    part = best.argmax(-1, keepdim=True)
+    return (part * (vocabulary // parts) + index.gather(-1, part)).squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -96,29 +104,25 @@ class Generation:
 class Decoder:
     """Generates with `model` on the device where it is.
 
-    model: a causal language model with DecLinear layers or a plain one. max_length: tokens of prompt and
-    answer together that the cache holds, at most the window of a model whose attention has one. compiled:
-    torch.compile the step before it is captured; GPU only. The model may be used otherwise between calls, not
-    during one; what it compensates may change between calls, and the step is then captured again. A model
-    whose plain layers change (fused, moved, cast) needs a new Decoder.
+    model: a causal language model of a supported architecture, with DecLinear layers or plain ones, on one
+    device. max_length: tokens of prompt and answer together that the cache holds, at most what
+    decode_step.Step allows. The model may be used otherwise between calls, not during one; what it
+    compensates may change between calls, and the step is then captured again. A model whose layers change
+    otherwise (fused, moved, cast) needs a new Decoder.
     """
 
-    def __init__(
-        self, model: Any, max_length: int, sampling: Sampling | None = None, compiled: bool = True
-    ) -> None:
+    def __init__(self, model: Any, max_length: int, sampling: Sampling | None = None) -> None:
         if not isinstance(model, PreTrainedModel):
             raise DecDECError(f"model must be a causal language model, got {type(model).__name__}")
         require_int("max_length", max_length, 2, _MANY)
         self.model, self.max_length, self.sampling = model.eval(), max_length, sampling or Sampling()
         self.device = torch.device(model.device)
+        self.step = Step(model, max_length)
         self.generator = torch.Generator(self.device)
         self.token = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
         self.tokens = torch.zeros(max_length, dtype=torch.int64, device=self.device)
         self.count = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.length = torch.zeros(1, dtype=torch.int64, device=self.device)  # of what the cache holds
-        self.cache = _cache(model.config, max_length, self.length)
-        self.compiled = compiled and self.device.type == "cuda"
-        self._chosen = self._new_chosen()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: list[tuple[object, ...]] = []
 
@@ -139,19 +143,18 @@ class Decoder:
                 f"cache of {self.max_length}, got {prompt.shape[1]}"
             )
         ends = _ends(_stop_tokens(self.model) if stop is None else stop)
-        with attending(self.model):
-            if self.device.type == "cuda":
-                self._capture()
-            self._reset()
-            self.generator.manual_seed(self.sampling.seed)
-            start = time.perf_counter()
-            self._keep(self.sampling.choose(self._read(prompt), self.generator))
-            tokens = self.tokens[:1].tolist()
-            first_s = time.perf_counter() - start
-            if tokens[-1] in ends or max_new_tokens == 1:
-                return Generation(tokens, first_s, [])
-            run = self._steps_on_gpu if self.device.type == "cuda" else self._steps_on_cpu
-            step_s = run(max_new_tokens - 1, ends)
+        if self.device.type == "cuda":
+            self._capture()
+        self._reset()
+        self.generator.manual_seed(self.sampling.seed)
+        start = time.perf_counter()
+        self._keep(self._read(prompt))
+        tokens = self.tokens[:1].tolist()
+        first_s = time.perf_counter() - start
+        if tokens[-1] in ends or max_new_tokens == 1:
+            return Generation(tokens, first_s, [])
+        run = self._steps_on_gpu if self.device.type == "cuda" else self._steps_on_cpu
+        step_s = run(max_new_tokens - 1, ends)
         tokens = self.tokens[: 1 + len(step_s)].tolist()
         last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
         return Generation(tokens[: last + 1], first_s, step_s)
@@ -190,31 +193,23 @@ class Decoder:
     def _read(self, prompt: Tensor) -> Tensor:
         """Return the logits (1, vocabulary) after a prompt (1, tokens), from an empty cache."""
         places = torch.arange(prompt.shape[1], device=self.device).unsqueeze(0)
-        cached = {"past_key_values": self.cache, "use_cache": True}
+        cached = {"past_key_values": self.step.cache, "use_cache": True}
         logits = self.model(prompt, position_ids=places, **cached, logits_to_keep=1).logits
         self.length.add_(prompt.shape[1])
         return logits[:, -1]
 
-    def _keep(self, token: Tensor) -> None:
+    def _keep(self, logits: Tensor) -> None:
+        token = self.sampling.choose(logits, self.generator)
         self.token.copy_(token.unsqueeze(1))
         self.tokens.index_copy_(0, self.count, token)
         self.count.add_(1)
 
     def _step(self) -> None:
-        self._keep(self._chosen(self.token, self.length.unsqueeze(0)))
+        self._keep(self.step(self.token, self.length))
         self.length.add_(1)
 
-    def _new_chosen(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the function of a token and its position that gives the next token."""
-        choose = partial(self.sampling.choose, generator=self.generator)
-        if self.sampling.temperature == 0:
-            return _forward(self.model, self.cache, choose, self.compiled)
-        # a draw is nothing that a compiler takes
-        logits = _forward(self.model, self.cache, lambda logits: logits, self.compiled)
-        return lambda token, position: choose(logits(token, position))
-
     def _reset(self) -> None:
-        self.cache.reset()
+        self.step.cache.reset()
         self.length.zero_()
         self.count.zero_()
 
@@ -231,33 +226,25 @@ class Decoder:
     def _capture(self) -> None:
         """Capture a step, unless the layers are as they were at the last one."""
         layers = list(dec_layers(self.model).values())
+        for layer in layers:
+            layer.prepare_for_gpu(self.model.dtype)
         if self._graph is not None and _same(self._captured, [_state(layer) for layer in layers]):
             return
-        for layer in layers:
-            layer.hold_step()
-        if self.compiled and not all(layer.steps_as_one(self.model.dtype) for layer in layers):
-            # their settings are constants of the trace, of which a function may have a few only
-            self._chosen = self._new_chosen()
         self._graph = None  # its memory first
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                self._reset_to_one()
+                self._reset()
                 self._step()
         stream.synchronize()
-        self._reset_to_one()
+        self._reset()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph, stream=stream):
             self._step()
         self._graph, self._captured = graph, [_state(layer) for layer in layers]
-
-    def _reset_to_one(self) -> None:
-        """Let the cache, which gets its memory from the first prompt, hold one token."""
-        self._reset()
-        self._read(self.token)
 
 
 def _state(layer: DecLinear) -> tuple[object, ...]:
@@ -269,32 +256,6 @@ def _same(one: list[tuple[object, ...]], other: list[tuple[object, ...]]) -> boo
     return len(one) == len(other) and all(
         a is b for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True)
     )
-
-
-def _cache(config: Any, max_length: int, length: Tensor) -> Cache:
-    """Return a cache of full layers, which serves attention over a window too while all fits into it."""
-    window = getattr(config, "sliding_window", None)
-    if window is not None and max_length > window:
-        raise DecDECError(f"max_length must be at most the attention's window of {window}, got {max_length}")
-    return static_cache(config.num_hidden_layers, max_length, length)
-
-
-def _forward(
-    model: Any, cache: Cache, choose: Callable[[Tensor], Tensor], compiled: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function of a token (1, 1) and its position (1, 1) that chooses from the logits after it."""
-
-    def forward(token: Tensor, position: Tensor) -> Tensor:
-        cached = {"past_key_values": cache, "use_cache": True}
-        return choose(model(token, position_ids=position, **cached).logits[:, -1])
-
-    if not compiled:
-        return forward
-    # the compiler counts its traces by code object: each decoder has one of its own
-    own = FunctionType(
-        forward.__code__.replace(), forward.__globals__, forward.__name__, None, forward.__closure__
-    )
-    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 def _one_sequence(ids: Sequence[int] | Tensor, vocabulary: int) -> Tensor:

@@ -247,8 +247,6 @@ def decode_rows(
     for row in rows:
         row["slowdown_percent"] = None if base is None else 100 * (row["median_ms"] / base - 1)
     if generate:
-        for layer in dec_layers(model).values():
-            layer.step = None  # as in a model that no decoder has seen
         rows.append(_generate_row(model, name, setup, ids, rows[0]))
     return rows
 

@@ -28,7 +28,8 @@ from decdec_core.config import DecDECError, require_one_of
 
 _OPS = (
     *("select_topk", "select_buckets", "select_random", "compensate"),
-    *("select_and_compensate", "dequantize", "linear", "dequantize_residual", "decode_attention"),
+    *("select_and_compensate", "dequantize", "linear", "dequantize_residual"),
+    *("add_norm", "silu_mul", "decode_attention"),
 )
 # -Wno-psabi: vectors wider than the machine's registers are passed among inlined functions only
 _CFLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")
@@ -174,7 +175,7 @@ def _cpu_options() -> dict[str, Any]:
 
 
 def _cuda_sources() -> list[Path]:
-    names = ("ops_cuda.cpp", "checks.h", "layout.h")
+    names = ("ops_cuda.cpp", "ops_decode.cpp", "checks.h", "checks_cuda.h", "layout.h")
     return [_csrc() / name for name in names] + sorted(_csrc().glob("cuda/*"))
 
 

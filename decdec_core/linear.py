@@ -17,7 +17,6 @@ from decdec_core.config import DEFAULT_N_TB, EXTRAS, WEIGHT_BITS, WeightQuant, r
 from decdec_core.packing import pack_table
 from decdec_core.quantize import QuantizedWeight, for_plain_inputs, weight_layout, weight_of
 from decdec_core.residuals import QuantizedResidual
-from decdec_core.step import StepSettings, step_linear
 
 _HALVES = (torch.float16, torch.bfloat16)
 _SUMS_AT_ONCE = 1 << 24  # 64 MB of float32
@@ -57,9 +56,6 @@ class DecLinear(nn.Module):
     it too, and the sums are as torch's matrix products carry them. Of the residual they fetch the rows of a
     static selection once; what their tokens chose one by one, while that is less than the residual; else the
     whole, copied while another layer computes (`stage`).
-
-    Where `step` is set (decode.py), a compensated pass in one launch takes its settings from there instead of
-    `selection` and `n_tb`.
     """
 
     codes: Tensor
@@ -99,7 +95,6 @@ class DecLinear(nn.Module):
         self.n_tb = DEFAULT_N_TB
         self.scope = Scope()
         self.stage = prefill.Stage()
-        self.step: StepSettings | None = None
         self.tiled: ops.TiledWeight | None = None
         self._values = torch.float16  # of a codebook in `tiled`
         self._table: Tensor | None = None
@@ -173,8 +168,6 @@ class DecLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.seen(x)
         tokens = x.reshape(-1, self.in_features)
-        if self.step is not None and self.scope.active and self._steps(tokens):
-            return self._stepped(tokens.contiguous(), self.step).view(*x.shape[:-1], self.out_features)
         if x.is_cuda:
             self.prepare_for_gpu(x.dtype)
         selection = self.selection if self.scope.active else None
@@ -185,23 +178,6 @@ class DecLinear(nn.Module):
             if selection is not None:
                 y = self._compensated(tokens.contiguous(), y, selection)
         return y.view(*x.shape[:-1], self.out_features)
-
-    def _steps(self, tokens: Tensor) -> bool:
-        residual = self.residual
-        if residual is None or (self._table is not None and tokens.dtype != self._values):
-            return False
-        return self._in_one_launch(tokens.shape[0], tokens.dtype, residual)
-
-    def steps_as_one(self, dtype: torch.dtype) -> bool:
-        """Return whether a token of `dtype` takes its settings from `step`."""
-        return (
-            self.tiled is not None and self.step is not None and self._steps(torch.empty(1, 0, dtype=dtype))
-        )
-
-    def _stepped(self, tokens: Tensor, settings: StepSettings) -> Tensor:
-        assert self.tiled is not None
-        assert self.residual is not None
-        return step_linear(tokens, self.tiled, self.residual.codes, self.residual.scale, settings)
 
     def _compensated(self, tokens: Tensor, y: Tensor, selection: ops.Selection) -> Tensor:
         residual = self.residual
@@ -303,20 +279,6 @@ class DecLinear(nn.Module):
             if selection.indices.device != here:
                 self.selection = replace(selection, indices=selection.indices.to(here))
         self._tile(dtype)
-
-    def hold_step(self) -> None:
-        """Make `step`, of the present selection and n_tb; from here on changes of them go into it by
-        refresh_step."""
-        if self.device.type == "cuda":
-            self.prepare_for_gpu()
-        if self.step is None or self.step.indices.device != self.device:
-            self.step = StepSettings(self.in_features, self.device)
-        self.refresh_step()
-
-    def refresh_step(self) -> None:
-        """Let `step`, where there is one, hold the present selection and n_tb."""
-        if self.step is not None:
-            self.step.set(self.selection, self.n_tb)
 
     def _tile(self, dtype: torch.dtype | None) -> None:
         """Bring the weight into the kernels' order, and a codebook's values into what `dtype` takes."""

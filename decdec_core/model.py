@@ -126,7 +126,6 @@ def set_compensation(model: nn.Module, compensation: Compensation) -> None:
             zlib.crc32(f"{compensation.seed}:{name}".encode()) & 0x7FFFFFFF,
         )
         layer.n_tb = compensation.n_tb
-        layer.refresh_step()
     state.compensation = compensation
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,31 +125,6 @@ def test_the_same_compensation_set_anew(device: str, tiny_artifact_dir: Path, id
     assert decoder.generate(ids, 30, stop=()).tokens == wanted
     fuse(model)
     assert decoder.generate(ids, 30, stop=()).tokens == wanted
-
-
-@pytest.mark.parametrize(("architecture", "decoders"), [("llama", 9), ("mistral", 1), ("phi3", 1)])
-def test_a_step_is_traced_whole_by_any_number_of_decoders(
-    architecture: str, decoders: int, ids: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a CPU by hand, as a Decoder does on a GPU; the compiler allows a function eight traces."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    model = tiny_model(architecture).eval()
-    fuse(model)
-    wanted = Decoder(model, 40).generate(ids, 4, stop=()).tokens
-    for max_length in range(40, 40 + decoders):
-        decoder = Decoder(model, max_length)
-        decoder.compiled = True
-        decoder._chosen = decoder._new_chosen()
-        assert decoder.generate(ids, 4, stop=()).tokens == wanted
-
-
-@pytest.mark.cuda
-def test_many_decoders_and_settings_are_compiled(tiny_artifact_dir: Path, ids: Tensor) -> None:
-    model = load(tiny_artifact_dir, "cuda", torch.float16)
-    for k_chunk in range(8, 200, 16):
-        set_compensation(model, Compensation("static", k_chunk))
-        assert Decoder(model, 40 + k_chunk).generate(ids, 5, stop=()).tokens
 
 
 @pytest.mark.parametrize("device", DEVICES)

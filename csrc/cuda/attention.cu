@@ -1,6 +1,7 @@
-// One token's attention to itself and the tokens before it: softmax(scaling q keysᵀ) values, grouped queries.
+// One token's attention to itself and the tokens before it: its queries and key normed and rotated, key and value put
+// into the cache, then softmax(scaling q keysᵀ) values, with query heads in groups that share keys.
 //
-// query (heads, d), keys and values (key_heads, capacity, d), out (heads, d); d a multiple of 8, at most 256.
+// qkv (heads + 2 key_heads, d), keys and values (key_heads, capacity, d), out (heads, d); d a multiple of 8, at most 256.
 //
 // Grid: splits x groups of query heads that share keys. A split is a run of the tokens.
 //
@@ -9,8 +10,8 @@
 //   rows -> shuffles, shared memory -> the block's share -> workspace -> the group's last block -> out
 //
 // The keys and values of the tokens before are there long since: the first of them are read before this launch waits
-// for the one before it, whose query, key and value are then all that is new. The last block waits for blocks of lower
-// indices only, which start no later.
+// for the one before it, whose qkv is all that is new. The last block waits for blocks of lower indices only, which
+// start no later.
 #include <algorithm>
 
 #include "launch.h"
@@ -18,7 +19,6 @@
 namespace decdec::cuda {
 namespace {
 
-constexpr int kLane = 8;          // values of a lane: 16 bytes
 constexpr int kAhead = 2;         // tokens of a row that are under way together
 constexpr int kMostSplits = 16;
 constexpr int kMostHeads = 8;     // of a block
@@ -26,28 +26,80 @@ constexpr int kPad = 4;           // words behind a head's output in a share: it
 constexpr float kLeast = -1e30f;  // a maximum of nothing, finite so that differences of two are
 
 struct Attention {
-  const void* query;
-  const void* keys;
-  const void* values;
-  const int64_t* position;
+  DecodeAttention of;
   void* out;
-  float* shares;  // (groups, splits, heads of a block, d + kPad)
-  int heads, key_heads, capacity, d;
+  float* shares;    // (groups, splits, heads of a block, d + kPad)
   int groups_each;  // of a key head
   float scaling;    // times log2(e)
 };
 
 template <typename T>
-__device__ void unpack(const uint4& packed, float (&v)[kLane]) {
-  const T* const scalars = reinterpret_cast<const T*>(&packed);
+__device__ void unpack(const Vector<T>& packed, float (&v)[kVector]) {
 #pragma unroll
-  for (int i = 0; i < kLane; ++i) v[i] = to_float(scalars[i]);
+  for (int i = 0; i < kVector; ++i) v[i] = to_float(packed.v[i]);
+}
+
+template <typename T>
+__device__ Vector<T> zeros() {
+  Vector<T> none;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) none.v[i] = from_float<T>(0.f);
+  return none;
+}
+
+template <typename T>
+__device__ Vector<T>& vector_at(T* first) {
+  return *reinterpret_cast<Vector<T>*>(first);
+}
+
+template <typename T>
+__device__ const Vector<T>& vector_at(const T* first) {
+  return *reinterpret_cast<const Vector<T>*>(first);
+}
+
+template <typename T>
+__device__ void load(const T* first, bool there, float (&v)[kVector]) {
+  Vector<T> packed = zeros<T>();
+  if (there) packed = vector_at(first);
+  unpack(packed, v);
+}
+
+// The lane's values of a head, normed if `weight` is not null, and rotated. cosines, sines: of the token's position.
+template <typename T, int kLanes>
+__device__ __forceinline__ void turned(const DecodeAttention& of, const T* head, const T* weight, const T* cosines,
+                                       const T* sines, int lane, float (&v)[kVector]) {
+  const int at = lane * kVector, half = of.rotary / 2;
+  const bool inside = at < of.d, turns = at < of.rotary;
+  const int partner = !turns ? at : at < half ? at + half : at - half;
+  float other[kVector], c[kVector], s[kVector];
+  load(head + at, inside, v);
+  load(head + partner, inside, other);
+  load(cosines + at, turns, c);
+  load(sines + at, turns, s);
+  if (weight != nullptr) {
+    float squares = 0.f, mine[kVector], theirs[kVector];
+    load(weight + at, inside, mine);
+    load(weight + partner, inside, theirs);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) squares += v[i] * v[i];
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) squares += __shfl_xor_sync(kAll, squares, offset);
+    const float scale = rsqrtf(squares / of.d + of.eps);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      v[i] = rounded<T>(rounded<T>(v[i] * scale) * mine[i]);
+      other[i] = rounded<T>(rounded<T>(other[i] * scale) * theirs[i]);
+    }
+  }
+  if (!turns) return;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) v[i] = rounded<T>(v[i] * c[i] + (at < half ? -other[i] : other[i]) * s[i]);
 }
 
 // What a row has seen of its tokens, for each head: scores' maximum, sum of weights, weighted values of the lane.
 template <int kHeads>
 struct Seen {
-  float most[kHeads], sum[kHeads], out[kHeads][kLane];
+  float most[kHeads], sum[kHeads], out[kHeads][kVector];
 
   __device__ void clear() {
 #pragma unroll
@@ -55,16 +107,16 @@ struct Seen {
       most[h] = kLeast;
       sum[h] = 0.f;
 #pragma unroll
-      for (int i = 0; i < kLane; ++i) out[h][i] = 0.f;
+      for (int i = 0; i < kVector; ++i) out[h][i] = 0.f;
     }
   }
 
-  __device__ void add(int h, float score, const float (&value)[kLane]) {
+  __device__ void add(int h, float score, const float (&value)[kVector]) {
     const float now = fmaxf(most[h], score), before = exp2f(most[h] - now), weight = exp2f(score - now);
     most[h] = now;
     sum[h] = sum[h] * before + weight;
 #pragma unroll
-    for (int i = 0; i < kLane; ++i) out[h][i] = out[h][i] * before + weight * value[i];
+    for (int i = 0; i < kVector; ++i) out[h][i] = out[h][i] * before + weight * value[i];
   }
 
   // Adds what the lane `offset` away has seen.
@@ -76,23 +128,44 @@ struct Seen {
       most[h] = now;
       sum[h] = sum[h] * mine + __shfl_xor_sync(kAll, sum[h], offset) * theirs;
 #pragma unroll
-      for (int i = 0; i < kLane; ++i) {
+      for (int i = 0; i < kVector; ++i) {
         out[h][i] = out[h][i] * mine + __shfl_xor_sync(kAll, out[h][i], offset) * theirs;
       }
     }
   }
 };
 
-__device__ float4 receive4(float* slots) {
-  uint32_t x, y, z, w;
+__device__ uint4 peek4(const float* slots) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(slots)
+               : "memory");
+  return v;
+}
+
+// Receives up to `kCount` times four words, `stride` apart, that are awaited together; zeros beyond `count`.
+template <int kCount>
+__device__ void receive4(float* slots, int64_t stride, int count, float4 (&values)[kCount]) {
+  uint4 words[kCount];
+  bool waiting;
   do {
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x), "=r"(y), "=r"(z), "=r"(w)
-                 : "l"(slots)
-                 : "memory");
-  } while (x == kEmpty || y == kEmpty || z == kEmpty || w == kEmpty);
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(slots), "r"(kEmpty) : "memory");
-  return {__uint_as_float(x), __uint_as_float(y), __uint_as_float(z), __uint_as_float(w)};
+    waiting = false;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      words[i] = i < count ? peek4(slots + i * stride) : uint4{};
+      waiting |= words[i].x == kEmpty || words[i].y == kEmpty || words[i].z == kEmpty || words[i].w == kEmpty;
+    }
+  } while (waiting);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i < count) {
+      asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(slots + i * stride), "r"(kEmpty)
+                   : "memory");
+    }
+    values[i] = {__uint_as_float(words[i].x), __uint_as_float(words[i].y), __uint_as_float(words[i].z),
+                 __uint_as_float(words[i].w)};
+  }
 }
 
 __device__ float4 operator*(float4 v, float factor) { return {v.x * factor, v.y * factor, v.z * factor, v.w * factor}; }
@@ -106,6 +179,10 @@ __device__ void finish(float* shares, int64_t stride, int splits, int heads, int
   const int of_head = d / 4, columns = heads * of_head, together = kThreads / columns;
   const int column = threadIdx.x % columns, first = threadIdx.x / columns, head = column / of_head;
   const int64_t place = int64_t{head} * (d + kPad) + column % of_head * 4;
+  float4 values[kMostSplits];
+  if (first < together) {
+    receive4(shares + first * stride + place, together * stride, (splits - first + together - 1) / together, values);
+  }
   if (threadIdx.x < splits * heads) {
     const int h = threadIdx.x % heads, split = threadIdx.x / heads;
     float* const words = shares + split * stride + int64_t{h} * (d + kPad) + d;
@@ -118,8 +195,10 @@ __device__ void finish(float* shares, int64_t stride, int splits, int heads, int
   for (int split = 0; split < splits; ++split) total += sum[split][head] * exp2f(most[split][head] - all);
   float4 mine{};
   if (first < together) {
-    for (int split = first; split < splits; split += together) {
-      mine = mine + receive4(shares + split * stride + place) * exp2f(most[split][head] - all);
+#pragma unroll
+    for (int i = 0; i < kMostSplits; ++i) {
+      const int split = first + i * together;
+      if (split < splits) mine = mine + values[i] * exp2f(most[split][head] - all);
     }
   }
   scratch[threadIdx.x] = mine;
@@ -135,74 +214,92 @@ __device__ void finish(float* shares, int64_t stride, int splits, int heads, int
 }
 
 template <typename T, int kLanes, int kHeads>
-__global__ void __launch_bounds__(kThreads) attention_kernel(const Attention work) {
+__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Attention work) {
   constexpr int kRows = kThreads / kLanes, kTogether = kRows * kAhead;
-  constexpr int kWidth = kLanes * kLane;  // d, rounded up
+  constexpr int kWidth = kLanes * kVector;  // d, rounded up
   constexpr int kOuts = kWarps * kHeads * kWidth, kScratch = 4 * kThreads;
   __shared__ float4 shared[(kOuts > kScratch ? kOuts : kScratch) / 4];
   auto& outs = reinterpret_cast<float(&)[kWarps][kHeads][kWidth]>(shared);
   __shared__ float mosts[kWarps][kHeads], sums[kWarps][kHeads];
 
+  const DecodeAttention& of = work.of;
   const int split = blockIdx.x, splits = gridDim.x, group = blockIdx.y;
-  const int key_head = group / work.groups_each, d = work.d;
-  const int sharing = work.heads / work.key_heads;  // query heads of a key head
+  const int key_head = group / work.groups_each, d = of.d;
+  const int sharing = of.heads / of.key_heads;  // query heads of a key head
   const int first_head = key_head * sharing + group % work.groups_each * kHeads;
   const int heads = min(kHeads, (key_head + 1) * sharing - first_head);
   const int lane = threadIdx.x % kLanes, row = threadIdx.x / kLanes, warp = threadIdx.x / kWarp;
-  const bool inside = lane * kLane < d;
+  const bool inside = lane * kVector < d;
 
-  const int newest = static_cast<int>(min(*work.position, int64_t{work.capacity} - 1)), tokens = newest + 1;
+  let_next_start();
+  const int newest = static_cast<int>(min(*of.position, int64_t{of.capacity} - 1)), tokens = newest + 1;
   const int each = (tokens + splits - 1) / splits;
   const int begin = min(split * each, tokens), end = min(begin + each, tokens);
-  const int64_t start = int64_t{key_head} * work.capacity * d + lane * kLane;
-  const T* const keys = static_cast<const T*>(work.keys) + start;
-  const T* const values = static_cast<const T*>(work.values) + start;
+  const int64_t start = int64_t{key_head} * of.capacity * d + lane * kVector;
+  T* const keys = static_cast<T*>(of.keys) + start;
+  T* const values = static_cast<T*>(of.values) + start;
+  const T* const cosines = static_cast<const T*>(of.cosines) + int64_t{newest} * of.rotary;
+  const T* const sines = static_cast<const T*>(of.sines) + int64_t{newest} * of.rotary;
 
-  uint4 key[kAhead] = {}, value[kAhead] = {};
-  const auto load = [&](int from, int low, int high) {
+  Vector<T> key[kAhead], value[kAhead];
+  const auto fetch = [&](int from) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int token = from + row + i * kRows;
-      if (!inside || token < low || token >= high) continue;
-      key[i] = *reinterpret_cast<const uint4*>(keys + int64_t{token} * d);
-      value[i] = *reinterpret_cast<const uint4*>(values + int64_t{token} * d);
+      key[i] = value[i] = zeros<T>();
+      if (!inside || token >= min(end, newest)) continue;
+      key[i] = vector_at(keys + int64_t{token} * d);
+      value[i] = vector_at(values + int64_t{token} * d);
     }
   };
-  load(begin, begin, min(end, newest));
-  wait_for_previous();
-  load(begin, newest, end);
+  fetch(begin);
+  await_previous();
 
-  float query[kHeads][kLane];
+  const T* const qkv = static_cast<const T*>(of.qkv);
+  float query[kHeads][kVector];
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
-    uint4 packed{};
-    if (inside && h < heads) {
-      const T* const of_head = static_cast<const T*>(work.query) + int64_t{first_head + h} * d;
-      packed = *reinterpret_cast<const uint4*>(of_head + lane * kLane);
-    }
-    unpack<T>(packed, query[h]);
+    const int head = first_head + min(h, heads - 1);
+    turned<T, kLanes>(of, qkv + int64_t{head} * d, static_cast<const T*>(of.query_norm), cosines, sines, lane, query[h]);
 #pragma unroll
-    for (int i = 0; i < kLane; ++i) query[h][i] *= work.scaling;
+    for (int i = 0; i < kVector; ++i) query[h][i] *= work.scaling;
+  }
+  Vector<T> new_key = zeros<T>(), new_value = zeros<T>();
+  if (begin <= newest && newest < end) {
+    const T* const head = qkv + int64_t{of.heads + key_head} * d;
+    float k[kVector];
+    turned<T, kLanes>(of, head, static_cast<const T*>(of.key_norm), cosines, sines, lane, k);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) new_key.v[i] = from_float<T>(k[i]);
+    if (inside) new_value = vector_at(head + int64_t{of.key_heads} * d + lane * kVector);
+    if (inside && row == 0 && group % work.groups_each == 0) {
+      vector_at(keys + int64_t{newest} * d) = new_key;
+      vector_at(values + int64_t{newest} * d) = new_value;
+    }
   }
 
   Seen<kHeads> seen;
   seen.clear();
   for (int from = begin; from < end; from += kTogether) {
-    if (from > begin) load(from, from, end);
+    if (from > begin) fetch(from);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      float k[kLane], v[kLane];
-      unpack<T>(key[i], k);
-      unpack<T>(value[i], v);
-      const bool there = from + row + i * kRows < end;
+      const int token = from + row + i * kRows;
+      float k[kVector], v[kVector];
+      if (token == newest) {
+        key[i] = new_key;
+        value[i] = new_value;
+      }
+      unpack(key[i], k);
+      unpack(value[i], v);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         float score = 0.f;
 #pragma unroll
-        for (int j = 0; j < kLane; ++j) score += query[h][j] * k[j];
+        for (int j = 0; j < kVector; ++j) score += query[h][j] * k[j];
 #pragma unroll
         for (int offset = kLanes / 2; offset > 0; offset /= 2) score += __shfl_xor_sync(kAll, score, offset);
-        if (there) seen.add(h, score, v);
+        if (token < end) seen.add(h, score, v);
       }
     }
   }
@@ -214,7 +311,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const Attention wor
       mosts[warp][h] = seen.most[h];
       sums[warp][h] = seen.sum[h];
 #pragma unroll
-      for (int i = 0; i < kLane; ++i) outs[warp][h][lane * kLane + i] = seen.out[h][i];
+      for (int i = 0; i < kVector; ++i) outs[warp][h][lane * kVector + i] = seen.out[h][i];
     }
   }
   __syncthreads();
@@ -297,8 +394,7 @@ cudaError_t plan(const DecodeAttention& a, AttentionPlan* result) {
 cudaError_t decode_attention(const DecodeAttention& a, const AttentionPlan& plan, void* out, float* workspace,
                              cudaStream_t stream) {
   constexpr float kLog2e = 1.4426950408889634f;
-  const Attention work{a.query,   a.keys,     a.values, a.position, out, workspace, a.heads, a.key_heads,
-                       a.capacity, a.d, plan.groups_each, a.scaling * kLog2e};
+  const Attention work{a, out, workspace, plan.groups_each, a.scaling * kLog2e};
   return with_attention(a, [&](auto kernel, int) {
     return launch(kernel, dim3(plan.splits, plan.groups), 0, plan.overlap, stream, work);
   });

@@ -29,6 +29,19 @@ __device__ inline __half from_float<__half>(float v) { return __float2half(v); }
 template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16(v); }
 
+template <typename T>
+__device__ inline float rounded(float v) {
+  return to_float(from_float<T>(v));
+}
+
+constexpr int kVector = 8;
+
+// 16 bytes of half precision.
+template <typename T>
+struct alignas(16) Vector {
+  T v[kVector];
+};
+
 // Calls work(T{}) with the type that `scalar` names.
 template <typename Work>
 cudaError_t with_scalar(Scalar scalar, const Work& work) {
@@ -77,12 +90,25 @@ __device__ inline uint4 load_once(const void* global) {
 // ---- launches that overlap (compute capability 9.0 and newer; before, the stream's order is all there is): a kernel
 // may start while the one before it in the stream ends, and reads what that one wrote only after this
 
-__device__ inline void wait_for_previous() {
+__device__ inline void await_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  // only now, so that of the kernels before this one only the last can still be running
+#endif
+}
+
+// Lets the next one start once all blocks have come here. Before its own await_previous a kernel reads only what none
+// of those that may still be running writes: in a chain that lets go early, what was there before the chain.
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// For launches whose weights may have been written by the one before the last: the next starts only when no more than
+// this one can still be running.
+__device__ inline void wait_for_previous() {
+  await_previous();
+  let_next_start();
 }
 
 // ---- words of the workspace: kEmpty until their value comes, so that a word is its own flag and needs no fence

@@ -90,17 +90,23 @@ cudaError_t plan(const Weight& weight, const Activations& x, int n_tb, Plan* res
 cudaError_t linear(const Weight& weight, const Activations& x, const Selection* selection,
                    const Residual* residual, const Plan& plan, void* y, float* workspace, cudaStream_t stream);
 
-// One token's attention over a static cache. query (heads, d), keys and values (key_heads, capacity, d), of float16 or
-// bfloat16; d a multiple of 8, at most 256. position: how many tokens came before it, below capacity; its own key and
-// value are the cache's last.
+// One token's attention over a static cache, of float16 or bfloat16 throughout. qkv (heads + 2 key_heads, d): queries,
+// then keys, then values; keys and values (key_heads, capacity, d), to which the token's are added; d a multiple of 8,
+// at most 256. position: how many tokens came before it, below capacity. cosines, sines (capacity, rotary): of the first
+// `rotary` values of a head, of which i turns with i + rotary / 2; a multiple of 16. query_norm, key_norm (d): weights
+// of a root-mean-square norm of each head, or null.
 struct DecodeAttention {
-  const void* query;
-  const void* keys;
-  const void* values;
+  const void* qkv;
+  void* keys;
+  void* values;
   const int64_t* position;
+  const void* cosines;
+  const void* sines;
+  const void* query_norm;
+  const void* key_norm;
   Scalar scalar;
-  int heads, key_heads, capacity, d;
-  float scaling;
+  int heads, key_heads, capacity, d, rotary;
+  float eps, scaling;
 };
 
 struct AttentionPlan {
@@ -112,10 +118,29 @@ struct AttentionPlan {
 
 cudaError_t plan(const DecodeAttention& attention, AttentionPlan* result);
 
-// out (heads, d). What came before the token must be complete before the launch that precedes this one.
+// out (heads, d). Cache, position and tables must be complete before the chain of overlapping launches that this one
+// is in.
 // workspace: plan.slots words, each kEmpty before and after.
 cudaError_t decode_attention(const DecodeAttention& attention, const AttentionPlan& plan, void* out, float* workspace,
                              cudaStream_t stream);
+
+// hidden (size) += added, where that is not null; out = weight * hidden / its root mean square. float16 or bfloat16; each
+// of the three is rounded. size a multiple of 8.
+struct Norm {
+  const void* added;
+  void* hidden;
+  const void* weight;
+  void* out;
+  Scalar scalar;
+  int size;
+  float eps;
+};
+
+cudaError_t add_norm(const Norm& norm, cudaStream_t stream);
+
+// out (size) = silu(gate) * up, where gate_up (2 size) has gate, then up; both products are rounded to their type, float16
+// or bfloat16. size a multiple of 8.
+cudaError_t silu_mul(const void* gate_up, void* out, Scalar scalar, int size, cudaStream_t stream);
 
 // The bit pattern of a workspace word that no value has reached yet; a NaN that no sum is stored as.
 constexpr uint32_t kEmpty = 0xffffffffu;

@@ -22,9 +22,9 @@ cudaError_t can_overlap(Kernel kernel, int device, bool* result) {
 }
 
 // Launches blocks of kThreads threads.
-template <typename Kernel, typename Work>
+template <typename Kernel, typename... Arguments>
 cudaError_t launch(Kernel kernel, dim3 blocks, size_t shared_bytes, bool overlap, cudaStream_t stream,
-                   const Work& work) {
+                   const Arguments&... arguments) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -35,7 +35,7 @@ cudaError_t launch(Kernel kernel, dim3 blocks, size_t shared_bytes, bool overlap
   shape.stream = stream;
   shape.attrs = &attribute;
   shape.numAttrs = overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&shape, kernel, work);
+  return cudaLaunchKernelEx(&shape, kernel, arguments...);
 }
 
 }  // namespace decdec::cuda

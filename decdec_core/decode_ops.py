@@ -1,0 +1,142 @@
+"""What stands between the matrices of a decoding step: compiled ops for a GPU and their plain-torch twins.
+
+One token of one sequence. They round where transformers' modules do; a twin is its op's oracle and serves on
+a CPU, and on a GPU for models that the kernels do not take (has_kernels).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from decdec_core import kernels
+from decdec_core.config import DecDECError
+
+_VECTOR = 8  # values that a kernel's thread takes at once
+_MOST_VALUES = 256  # of a head
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What attention is besides its inputs. scaling: of the scores. cosines, sines: (capacity, rotary) of
+    each position, rotary up to the values of a head. query_norm, key_norm: weights (d) of a norm of each
+    head, and its eps; None for none."""
+
+    scaling: float
+    cosines: Tensor
+    sines: Tensor
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+    eps: float = 0.0
+
+
+def has_kernels(dtype: torch.dtype, sizes: tuple[int, ...], d: int, rotary: int) -> bool:
+    """Return whether the kernels take activations of `dtype` and of these `sizes`, and heads of d values of
+    which `rotary` turn."""
+    whole = all(size % _VECTOR == 0 for size in (*sizes, d))
+    halves = dtype in (torch.float16, torch.bfloat16)
+    return halves and whole and d <= _MOST_VALUES and rotary % (2 * _VECTOR) == 0 and 0 < rotary <= d
+
+
+def add_norm(hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Add `added` to `hidden`, in place, and return weight * hidden / sqrt(mean(hidden²) + eps) (1, size).
+
+    hidden, added: (1, size); weight: (size,); of one dtype. On a GPU float16 or bfloat16, contiguous, size a
+    multiple of 8. On a CPU the twin serves. Refused input raises DecDECError.
+    """
+    if hidden.device.type != "cuda":
+        return add_norm_ref(hidden, added, weight, eps)
+    out = torch.empty_like(hidden)
+    _run(torch.ops.decdec.add_norm, hidden, added, hidden, weight, eps, out)
+    return out
+
+
+def add_norm_ref(hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Add `added` to `hidden`, in place, and return it normed: the twin of add_norm; any floating dtype."""
+    if added is not None:
+        hidden.add_(added)
+    whole = hidden.float()
+    normed = whole * torch.rsqrt(whole.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(hidden.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up (1, size) of gate_up (1, 2 size), which has gate, then up.
+
+    On a GPU float16 or bfloat16, contiguous, size a multiple of 8. On a CPU the twin serves. Refused input
+    raises DecDECError.
+    """
+    if gate_up.device.type != "cuda":
+        return silu_mul_ref(gate_up)
+    out = gate_up.new_empty((1, gate_up.shape[-1] // 2))
+    _run(torch.ops.decdec.silu_mul, gate_up, gate_up, out)
+    return out
+
+
+def silu_mul_ref(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up (1, size): the twin of silu_mul; any floating dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def decode_attention(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, heads: Heads) -> Tensor:
+    """Return the attention (1, query heads * d) of one token to itself and to what came before it, and put
+    its key and value into the cache.
+
+    qkv: (1, (query heads + 2 key heads) * d), queries, keys, values. keys, values: (key heads, capacity, d),
+    of which the first `position` tokens count; query heads share them in runs. position: (1,) int64, below
+    capacity, on qkv's device. On a GPU float16 or bfloat16, contiguous, sizes as has_kernels says; what the
+    cache holds, position and tables must be complete before the decoding step begins; sums are carried in
+    float32. On a CPU the twin serves. Refused input raises DecDECError.
+    """
+    if qkv.device.type != "cuda":
+        return decode_attention_ref(qkv, keys, values, position, heads)
+    out = qkv.new_empty((1, qkv.shape[-1] - 2 * keys.shape[0] * keys.shape[2]))
+    tables = (heads.cosines, heads.sines, heads.query_norm, heads.key_norm)
+    _run(
+        torch.ops.decdec.decode_attention,
+        *(qkv, qkv, keys, values, position, *tables, heads.eps, heads.scaling, out),
+    )
+    return out
+
+
+def decode_attention_ref(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, heads: Heads) -> Tensor:
+    """Return the attention of one token (1, query heads * d): the twin of decode_attention.
+
+    Any floating dtype, any d. No value in the cache beyond the position may be NaN or infinite, although none
+    has weight.
+    """
+    shared, capacity, d = keys.shape
+    query, key, value = qkv.view(-1, d).tensor_split([-2 * shared, -shared])
+    cosines, sines = (table.index_select(0, position) for table in (heads.cosines, heads.sines))
+    query = _turned(_head_norm(query, heads.query_norm, heads.eps), cosines, sines)
+    key = _turned(_head_norm(key, heads.key_norm, heads.eps), cosines, sines)
+    keys.index_copy_(1, position, key.unsqueeze(1))
+    values.index_copy_(1, position, value.unsqueeze(1))
+    scores = heads.scaling * (query.float().view(shared, -1, d) @ keys.float().transpose(1, 2))
+    beyond = torch.arange(capacity, device=qkv.device) > position
+    weights = scores.masked_fill(beyond, -torch.inf).softmax(-1)
+    return (weights @ values.float()).to(qkv.dtype).view(1, -1)
+
+
+def _head_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x if weight is None else add_norm_ref(x, None, weight, eps)
+
+
+def _turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Return x (heads, d) with its first values rotated: i with i + rotary / 2."""
+    turning, rest = x.tensor_split([cosines.shape[-1]], dim=-1)
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cosines + torch.cat([-second, first], dim=-1) * sines
+    return torch.cat([turned, rest], dim=-1)
+
+
+def _run(op: torch._ops.OpOverloadPacket, like: Tensor, *arguments: object) -> None:
+    kernels.require_cuda(like.device)
+    try:
+        op.default(*arguments)
+    except ValueError as error:
+        raise DecDECError(str(error)) from None
