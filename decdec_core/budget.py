@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,5 @@ def find_budget(
     profile = fitting(profiles, shapes_of_model(config), weight.widths[0], weight.format)
     budget = choice_for(profile, slowdown_percent)
     if selection != profile.selection or weight.bits != profile.model_bits:
-        budget = replace(
-            budget, measured_percent=None, tokens_per_second=None, baseline_tokens_per_second=None
-        )
+        budget = budget.unmeasured()
     return Found(budget, profile)

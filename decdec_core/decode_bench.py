@@ -7,7 +7,9 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -33,6 +36,7 @@ from decdec_core.shapes import config_of
 _SPREAD = 0.02  # of random weights, as of trained ones
 _RANDOM = "random weights"  # in the place of an artifact's hash
 _CALIBRATED_ON = 64  # tokens
+_NOTHING = "nothing running"
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,24 @@ def bench_decode(
         except torch.OutOfMemoryError:
             tqdm.write(f"{plain} model of these sizes: not measured, it does not fit the GPU", sys.stderr)
     return rows, kernels
+
+
+@dataclass
+class Peak:
+    """Bytes of GPU memory; 0 on a CPU."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Let the Peak that is given hold, in the end, the most that torch had allocated on `device` at once."""
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield peak
+    if device.type == "cuda":
+        peak.bytes = torch.cuda.max_memory_allocated(device)
 
 
 def place(device: str) -> tuple[torch.device, torch.dtype]:
@@ -341,16 +363,26 @@ def _generate_s(model: Any, ids: Tensor, tokens: int) -> float:
 
 
 def step_profile(decoder: Decoder, ids: Tensor, steps: int = 16) -> list[dict[str, Any]]:
-    """Return where a captured step's time goes: for each kernel its "us" and "launches" in it."""
+    """Return where a captured step's time goes: for each kernel its "us" and "launches" in it, and the same
+    of "nothing running".
+
+    A kernel's time runs from the end of those before it, so that launches which overlap are counted once.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     decoder.generate(ids, 2, stop=())
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
         decoder.replay(steps)
         torch.cuda.synchronize()
-    rows = [
-        {"kernel": event.key, "us": event.device_time_total / steps, "launches": event.count / steps}
-        for event in trace.key_averages()
-        if event.device_time_total > 0
-    ]
+    ranges = [(e.name, e.time_range) for e in trace.events() if e.device_type == DeviceType.CUDA]
+    times, launches = Counter[str](), Counter[str]()
+    ended = None
+    for name, taken in sorted(ranges, key=lambda item: item[1].end):
+        if ended is not None and taken.start > ended:
+            times[_NOTHING] += taken.start - ended
+            launches[_NOTHING] += 1
+        times[name] += taken.end - (taken.start if ended is None else max(taken.start, ended))
+        launches[name] += 1
+        ended = taken.end
+    rows = [{"kernel": k, "us": us / steps, "launches": launches[k] / steps} for k, us in times.items()]
     return sorted(rows, key=lambda row: -row["us"])

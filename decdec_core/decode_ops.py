@@ -50,7 +50,7 @@ def add_norm(hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float) -
     if hidden.device.type != "cuda":
         return add_norm_ref(hidden, added, weight, eps)
     out = torch.empty_like(hidden)
-    _run(torch.ops.decdec.add_norm, hidden, added, hidden, weight, eps, out)
+    _run("add_norm", hidden, added, hidden, weight, eps, out)
     return out
 
 
@@ -72,7 +72,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if gate_up.device.type != "cuda":
         return silu_mul_ref(gate_up)
     out = gate_up.new_empty((1, gate_up.shape[-1] // 2))
-    _run(torch.ops.decdec.silu_mul, gate_up, gate_up, out)
+    _run("silu_mul", gate_up, gate_up, out)
     return out
 
 
@@ -96,10 +96,7 @@ def decode_attention(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor
         return decode_attention_ref(qkv, keys, values, position, heads)
     out = qkv.new_empty((1, qkv.shape[-1] - 2 * keys.shape[0] * keys.shape[2]))
     tables = (heads.cosines, heads.sines, heads.query_norm, heads.key_norm)
-    _run(
-        torch.ops.decdec.decode_attention,
-        *(qkv, qkv, keys, values, position, *tables, heads.eps, heads.scaling, out),
-    )
+    _run("decode_attention", qkv, qkv, keys, values, position, *tables, heads.eps, heads.scaling, out)
     return out
 
 
@@ -134,9 +131,9 @@ def _turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.cat([turned, rest], dim=-1)
 
 
-def _run(op: torch._ops.OpOverloadPacket, like: Tensor, *arguments: object) -> None:
+def _run(name: str, like: Tensor, *arguments: object) -> None:
     kernels.require_cuda(like.device)
     try:
-        op.default(*arguments)
+        getattr(torch.ops.decdec, name).default(*arguments)
     except ValueError as error:
         raise DecDECError(str(error)) from None

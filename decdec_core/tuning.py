@@ -14,7 +14,7 @@ from tqdm import tqdm
 from decdec_core.budget import compensation_of
 from decdec_core.config import Compensation, WeightQuant, total_channels
 from decdec_core.decode import Decoder
-from decdec_core.decode_bench import Setup
+from decdec_core.decode_bench import Setup, peak_memory
 from decdec_core.kernel_bench import markdown
 from decdec_core.latency import GPUS, knee
 from decdec_core.model import set_compensation
@@ -26,23 +26,27 @@ from decdec_core.tuner import Choice, TimingTable, best_round, correct, is_met, 
 
 _MOST_ROUNDS = 6  # of one target
 _TURNS = 3  # of with and without, for one measurement
+_RATES = ("tokens_per_second", "baseline_tokens_per_second")
+_BYTES = ("gpu_bytes", "baseline_gpu_bytes")
 
 Energy = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A decoding step with and without compensation: percent that it takes longer, tokens per second."""
+    """A decoding step with and without compensation: percent that it takes longer, tokens per second, most
+    bytes of GPU memory."""
 
     percent: float
     tokens_per_second: float
     baseline_tokens_per_second: float
+    gpu_bytes: int
+    baseline_gpu_bytes: int
 
     def fields(self) -> dict[str, float]:
         """Return the fields of a Budget."""
-        rates = {"tokens_per_second": self.tokens_per_second}
-        rates["baseline_tokens_per_second"] = self.baseline_tokens_per_second
-        return {"measured_percent": round(self.percent, 3), **{k: round(v, 2) for k, v in rates.items()}}
+        rates = {name: round(getattr(self, name), 2) for name in _RATES}
+        return {"measured_percent": round(self.percent, 3), **rates, **{n: getattr(self, n) for n in _BYTES}}
 
 
 def budgets(
@@ -97,14 +101,17 @@ class Steps:
         """Return what `choice` costs, by medians of runs in turns with and without."""
         settings = (Compensation("none"), compensation_of(choice, selection=self.selection))
         runs: tuple[list[float], list[float]] = ([], [])
+        most = [0, 0]
         for _ in range(_TURNS):
-            for compensation, measured in zip(settings, runs, strict=True):
+            for which, compensation in enumerate(settings):
                 set_compensation(self.model, compensation)
-                done = self.decoder.generate(self.ids, self.setup.tokens, stop=())
-                measured.append(done.spread()["median_s"])
+                with peak_memory(self.decoder.device) as peak:
+                    done = self.decoder.generate(self.ids, self.setup.tokens, stop=())
+                runs[which].append(done.spread()["median_s"])
+                most[which] = max(most[which], peak.bytes)
         self.progress.update()
         without, with_ = (statistics.median(measured) for measured in runs)
-        return Measured(100 * (with_ / without - 1), 1 / with_, 1 / without)
+        return Measured(100 * (with_ / without - 1), 1 / with_, 1 / without, most[1], most[0])
 
 
 def tuned_profile(
@@ -151,11 +158,15 @@ def measured_profile(
 
 
 def budget_rows(profile: Profile) -> list[dict[str, Any]]:
-    """Return a row per budget: what was asked for, what it gives, and the bytes over PCIe for a token."""
+    """Return a row per budget: what was asked for, what it gives, the bytes over PCIe for a token, and which
+    share of the link's bandwidth (latency.GPUS) these take where tokens per second were measured."""
     rows = []
+    link = GPUS[profile.gpu_key].link_gb_per_s if profile.gpu_key in GPUS else None
     for budget in profile.choices:
         channels = zip(profile.shapes.values(), budget.k_chunk, strict=True)
-        fetched = sum(total_channels(i, k) * channel_bytes(o, 4) for (i, o), k in channels)
+        fetched = sum(total_channels(i, k) * channel_bytes(o, 4) for (i, o), k in channels) * profile.blocks
+        rate = budget.tokens_per_second
+        share = None if rate is None or link is None else round(fetched * rate / link / 1e7, 2)
         rows.append(
             {
                 "gpu": profile.gpu,
@@ -164,7 +175,8 @@ def budget_rows(profile: Profile) -> list[dict[str, Any]]:
                 "format": profile.format,
                 "selection": profile.selection,
                 **budget.to_dict(),
-                "pcie_bytes_per_token": fetched * profile.blocks,
+                "pcie_bytes_per_token": fetched,
+                "link_percent": share,
             }
         )
     return rows

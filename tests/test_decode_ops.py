@@ -1,4 +1,4 @@
-"""What stands between a decoding step's matrices: twins against oracles, kernels against oracles and twins."""
+"""What stands between a decoding step's matrices: twins and kernels against oracles."""
 
 from __future__ import annotations
 

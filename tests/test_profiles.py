@@ -85,6 +85,8 @@ def test_a_profile_comes_back_from_its_file(profile: Profile, tmp_path: Path) ->
         "objective": "speed",
         "tokens_per_second": None,
         "baseline_tokens_per_second": None,
+        "gpu_bytes": None,
+        "baseline_gpu_bytes": None,
     }
     # a line for each row
     assert path.read_text("utf-8").count("\n") < len(profile.rows) + 25

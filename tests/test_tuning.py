@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_the_search_is_corrected_until_steps_meet_the_target(share: float, offse
 
 def measured(percent: float) -> Measured:
     """Return a step of 10 ms that takes `percent` longer."""
-    return Measured(percent, 100 / (1 + percent / 100), 100.0)
+    return Measured(percent, 100 / (1 + percent / 100), 100.0, 2000, 1000)
 
 
 def test_knees_are_where_time_begins_to_rise() -> None:
@@ -136,7 +137,14 @@ def test_a_profile_is_tuned_on_a_model(tiny_artifact_dir: Path, monkeypatch: pyt
         assert budget.measured_percent == pytest.approx(sum(budget.k_chunk) / 10, abs=1e-3)
         assert abs(budget.measured_percent - budget.target_percent) <= 1
         assert budget.baseline_tokens_per_second == 1
+        assert (budget.gpu_bytes, budget.baseline_gpu_bytes) == (0, 0)  # on a CPU
     row = budget_rows(tuned)[0]
+    assert row["link_percent"] is None, "nothing is known of that GPU's link"
+    fast = replace(tuned.choices[0], tokens_per_second=5000.0)
+    on_h200 = budget_rows(replace(tuned, gpu_key="h200", blocks=10_000, choices=[fast]))[0]
+    share = 100 * on_h200["pcie_bytes_per_token"] * 5000 / 51.4e9
+    assert on_h200["link_percent"] == pytest.approx(share, abs=0.01)
+    assert share > 100  # which no measurement gives
     # 160 inputs are 5 of 32 channels, 4 bits of each output; down has 1120
     channels = [5 * k // 32 for k in row["k_chunk"][:3]] + [
         row["k_chunk"][3] + row["k_chunk"][3] * 96 // 1024

@@ -42,6 +42,11 @@ TARGETS = (2.5, 5.0, 10.0, 20.0)  # slowdowns that the paper evaluates, in perce
 PREDICTED_N_TB = (1, 2, 4, 8, 16)
 _ROW_KEYS = ("kind", "n_tb", "k_chunk", "time_us")
 _FOLDER = Path(__file__).parent
+# fields of a Budget that only a measurement gives
+MEASURED = (
+    *("measured_percent", "tokens_per_second", "baseline_tokens_per_second"),
+    *("gpu_bytes", "baseline_gpu_bytes"),
+)
 _ROUNDED = 0.01  # points: percents and times are written with three decimals
 PREDICTED_MODELS = ("llama-3-8b", "phi-3-medium", "smollm2-135m")  # of shapes.MODELS, at PREDICTED_BITS
 PREDICTED_BITS = (3, 4)
@@ -51,7 +56,8 @@ PREDICTED_BITS = (3, 4)
 class Budget(Config):
     """What was chosen for a slowdown of target_percent: n_tb, k_chunk, predicted_percent and objective as in
     tuner.Choice. measured_percent: of a whole decoding step, None where it was not measured, and so are
-    tokens_per_second, with and without (baseline) compensation in one run."""
+    tokens_per_second and gpu_bytes, with and without (baseline) compensation in one run; gpu_bytes are the
+    most that torch had allocated."""
 
     target_percent: float
     n_tb: int
@@ -61,12 +67,14 @@ class Budget(Config):
     objective: str = "speed"
     tokens_per_second: float | None = None
     baseline_tokens_per_second: float | None = None
+    gpu_bytes: int | None = None
+    baseline_gpu_bytes: int | None = None
 
     def __post_init__(self) -> None:
         require_number("target_percent", self.target_percent)
         if self.target_percent < 0:
             raise DecDECError(f"target_percent must be 0 or more, got {self.target_percent!r}")
-        for which in ("measured_percent", "tokens_per_second", "baseline_tokens_per_second"):
+        for which in MEASURED:
             if getattr(self, which) is not None:
                 require_number(which, getattr(self, which))
         choice = Choice(self.n_tb, self.k_chunk, self.predicted_percent, self.objective)
@@ -78,6 +86,10 @@ class Budget(Config):
         predicted = round(choice.predicted_percent, 3)
         budget = cls(target_percent, choice.n_tb, choice.k_chunk, predicted, objective=choice.objective)
         return replace(budget, **measured)  # type: ignore[arg-type]
+
+    def unmeasured(self) -> Budget:
+        """Return it without what was measured."""
+        return replace(self, **dict.fromkeys(MEASURED))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
