@@ -39,6 +39,7 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         kinds.add_parser("clustering", help="weighted error of squeezellm's two clusterings, layer by layer")
     )
     _add_bench_decode(kinds.add_parser("decode", help="tokens per second, compensated or not"))
+    _add_bench_greedy(kinds.add_parser("greedy", help="decoded tokens against transformers' generate"))
     _add_bench_forward(kinds.add_parser("forward", help="a forward pass under each selection, on the CPU"))
     _add_bench_kernels(kinds.add_parser("kernels", help="the CUDA kernels, matrix by matrix"))
     _add_bench_prefill(
@@ -177,6 +178,29 @@ def _bench_decode(options: argparse.Namespace) -> None:
     print(table(rows))
     save(options.json, rows, options.device)
     save(options.profile, kernels, options.device)
+
+
+def _add_bench_greedy(greedy: argparse.ArgumentParser) -> None:
+    greedy.add_argument("directory", type=Path, metavar="DIR")
+    greedy.add_argument("--selection", default="dynamic", choices=SELECTIONS)
+    greedy.add_argument("--k-chunk", default="16", metavar="K")
+    greedy.add_argument("--tokens", type=int, default=64, help="of each prompt (default 64)")
+    greedy.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
+    greedy.add_argument("--device", default="cuda", help="cuda (the default) or cpu")
+    greedy.add_argument("--json", type=json_file, metavar="FILE", help="write the rows there too")
+    greedy.set_defaults(run=_bench_greedy, parser=greedy)
+
+
+def _bench_greedy(options: argparse.Namespace) -> None:
+    import torch
+
+    from decdec_core.greedy_bench import greedy_rows, table
+
+    compensation = Compensation(options.selection, options.k_chunk, "decode")
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    rows = greedy_rows(options.directory, options.device, dtype, compensation, options.tokens)
+    print(table(rows))
+    save(options.json, rows, options.device)
 
 
 def add_random_model(parser: argparse.ArgumentParser) -> None:

@@ -123,6 +123,8 @@ class Decoder:
         self.tokens = torch.zeros(max_length, dtype=torch.int64, device=self.device)
         self.count = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.length = torch.zeros(1, dtype=torch.int64, device=self.device)  # of what the cache holds
+        # one for all captures: cuBLAS keeps its workspace for every stream it has seen
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: list[tuple[object, ...]] = []
 
@@ -230,8 +232,8 @@ class Decoder:
             layer.prepare_for_gpu(self.model.dtype)
         if self._graph is not None and _same(self._captured, [_state(layer) for layer in layers]):
             return
-        self._graph = None  # its memory first
-        stream = torch.cuda.Stream(self.device)
+        self._graph, stream = None, self._stream  # its memory first
+        assert stream is not None
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):

@@ -249,22 +249,28 @@ def decode_rows(
     Rows: model (`name`), how ("captured" on a GPU, "eager" on a CPU, or "generate"), selection, k_chunk,
     n_tb, prompt, tokens, tokens_per_second (median of the repeats), least and most, median_ms, p10_ms and
     p90_ms of a step, first_ms, slowdown_percent (of the median step against the row of k_chunk 0, None
-    without one), fetched_bytes (a token), gpu_bytes (of weights). The first of `compensations` is "none".
+    without one), fetched_bytes (a token), gpu_bytes (of weights), peak_bytes (the most GPU memory, 0 on a
+    CPU). The first of `compensations` is "none".
     """
     decoder, ids = Decoder(model, setup.prompt + setup.tokens), setup.ids(model.config.vocab_size)
     low_bit = bool(dec_layers(model))
     grid: list[Compensation | None] = list(compensations) if low_bit else [None]
     runs: list[list[Any]] = [[] for _ in grid]
+    most = [0] * len(grid)
     for turn in tqdm(range(setup.repeats + 1), desc=name, unit="turn", leave=False):
-        for compensation, measured in zip(grid, runs, strict=True):
+        for which, (compensation, measured) in enumerate(zip(grid, runs, strict=True)):
             if compensation is not None:
                 set_compensation(model, compensation)
-            done = decoder.generate(ids, setup.tokens, stop=())
+            with peak_memory(decoder.device) as peak:
+                done = decoder.generate(ids, setup.tokens, stop=())
             # of its own, since a step may have been captured just before
             first_s = decoder.generate(ids, 1, stop=()).first_s
             if turn:
                 measured.append(replace(done, first_s=first_s))
+                most[which] = max(most[which], peak.bytes)
     rows = [_row(model, name, c, setup, done) for c, done in zip(grid, runs, strict=True)]
+    for row, peak_bytes in zip(rows, most, strict=True):
+        row["peak_bytes"] = peak_bytes
     base = next((row["median_ms"] for row in rows if low_bit and not row["fetched_bytes"]), None)
     for row in rows:
         row["slowdown_percent"] = None if base is None else 100 * (row["median_ms"] / base - 1)
@@ -341,6 +347,7 @@ def _generate_row(model: Any, name: str, setup: Setup, ids: Tensor, like: dict[s
         "p90_ms": None,
         "first_ms": 1e3 * first,
         "fetched_bytes": 0,
+        "peak_bytes": None,
         "slowdown_percent": None,
     }
 

@@ -94,7 +94,7 @@ def decode_attention(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor
     """
     if qkv.device.type != "cuda":
         return decode_attention_ref(qkv, keys, values, position, heads)
-    out = qkv.new_empty((1, qkv.shape[-1] - 2 * keys.shape[0] * keys.shape[2]))
+    out = qkv.new_empty((1, max(0, qkv.shape[-1] - 2 * keys[:, 0].numel())))
     tables = (heads.cosines, heads.sines, heads.query_norm, heads.key_norm)
     _run("decode_attention", qkv, qkv, keys, values, position, *tables, heads.eps, heads.scaling, out)
     return out

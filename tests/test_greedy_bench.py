@@ -1,0 +1,54 @@
+"""The comparison of decoded tokens with transformers' generate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from decdec_core import cli, greedy_bench
+from decdec_core.config import Compensation
+from decdec_core.decode import Decoder, Generation
+from decdec_core.greedy_bench import greedy_rows
+
+
+def test_all_tokens_are_equal(tiny_artifact_dir: Path) -> None:
+    compensation = Compensation("dynamic", 128, "decode")
+    rows = greedy_rows(tiny_artifact_dir, "cpu", None, compensation, 20, ["one", "another"])
+    assert [(row["prompt"], row["dtype"], row["margin"]) for row in rows] == [
+        ("one", "float32", None),
+        ("another", "float32", None),
+    ]
+    assert all(0 < row["equal"] == row["tokens"] <= 20 for row in rows)
+    assert rows[0]["k_chunk"] == [128, 128, 128, 128]
+
+
+def test_where_they_part_is_told(
+    tiny_artifact_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate = Decoder.generate
+
+    def other(decoder: Decoder, *arguments: Any, **options: Any) -> Generation:
+        done = generate(decoder, *arguments, **options)
+        done.tokens[3] = (done.tokens[3] + 1) % 256
+        return done
+
+    monkeypatch.setattr(Decoder, "generate", other)
+    (row,) = greedy_rows(tiny_artifact_dir, "cpu", torch.float32, Compensation("none"), 10, ["one"])
+    assert row["equal"] == 3
+    assert row["margin"] > 0
+    assert f"| one | 3 of 10 | {row['margin']:.4f} |" in greedy_bench.table([row])
+
+
+def test_the_command(tiny_artifact_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "greedy.json"
+    options = ["--device", "cpu", "--tokens", "5", "--k-chunk", "64", "--json", str(out)]
+    assert cli.main(["bench", "greedy", str(tiny_artifact_dir), *options]) == 0
+    assert "| def fibonacci(n): | 5 of 5 |" in capsys.readouterr().out
+    written = json.loads(out.read_text("utf-8"))
+    assert len(written["rows"]) == 5
+    assert cli.main(["bench", "greedy", str(tmp_path / "none"), "--device", "cpu"]) == 2
+    assert "none" in capsys.readouterr().err
