@@ -1,4 +1,4 @@
-"""decdec build | verify | dequantize | tune | bench: the command line of the core."""
+"""decdec build | verify | dequantize | tune | profiles | bench: the command line of the core."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from decdec_core.cli_bench import add_bench
-from decdec_core.cli_tune import add_tune
+from decdec_core.cli_tune import add_profiles, add_tune
 from decdec_core.commandline import (
     OneLineParser,
     add_calibration_size,
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     dense.add_argument("--out", type=Path, required=True, metavar="DIR")
     dense.set_defaults(run=_dequantize, parser=dense)
     add_tune(commands.add_parser("tune", help="what to compensate at a stated slowdown"))
+    add_profiles(commands.add_parser("profiles", help="several profiles of one GPU as one file"))
     add_bench(commands.add_parser("bench", help="time kernels, builds, passes and decoding"))
     return parser
 

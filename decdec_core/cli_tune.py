@@ -43,6 +43,32 @@ def add_tune(tune: argparse.ArgumentParser) -> None:
     tune.set_defaults(run=_tune, parser=tune)
 
 
+def add_profiles(profiles: argparse.ArgumentParser) -> None:
+    """Add the options of profiles."""
+    profiles.add_argument("files", type=Path, nargs="+", metavar="FILE", help="of decdec tune, for one GPU")
+    profiles.add_argument("--out", type=json_file, required=True, metavar="FILE", help="all of them")
+    profiles.add_argument("--json", type=json_file, metavar="FILE", help="write a row for each slowdown there")
+    profiles.set_defaults(run=_profiles, parser=profiles)
+
+
+def _profiles(options: argparse.Namespace) -> None:
+    from decdec_core.files import write_json
+    from decdec_core.profiles import of_one_gpu, read_profiles, write_profiles
+    from decdec_core.tuning import budget_rows, table_of
+
+    if options.json is not None and options.json.resolve() == options.out.resolve():
+        raise DecDECError(f"--out and --json must be different files, got {options.out} twice")
+    profiles = of_one_gpu(profile for file in options.files for profile in read_profiles(file))
+    write_profiles(options.out, profiles)
+    if options.json is not None:
+        rows = []
+        for profile in profiles:
+            made = {key: (profile.environment or {}).get(key) for key in ("commit", "versions")}
+            rows += [{**row, "predicted": profile.predicted, **made} for row in budget_rows(profile)]
+        write_json(options.json, {"hardware": profiles[0].gpu, "driver": profiles[0].driver, "rows": rows})
+    print("\n\n".join(table_of(profile) for profile in profiles) + f"\n\nwritten: {options.out}")
+
+
 def _tune(options: argparse.Namespace) -> None:
     from decdec_core.decode_bench import Setup
     from decdec_core.files import write_json

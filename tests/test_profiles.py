@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
-from decdec_core import profiles
+from decdec_core import cli, profiles
 from decdec_core.config import PROJECTION_KINDS, DecDECError
 from decdec_core.latency import GPUS, Gpu, knee
 from decdec_core.profiles import (
@@ -62,7 +62,7 @@ def profile() -> Profile:
         base_us=dict.fromkeys(PROJECTION_KINDS, 10.0),
         rows=rows,
         choices=[Budget(5.0, 8, (9, 9, 9, 9), 9.0, 4.8), Budget(5.0, 8, (1, 2, 9, 9), 5.25, 5.1, "quality")],
-        environment={"hardware": "NVIDIA H200"},
+        environment={"hardware": "NVIDIA H200", "commit": "0123abc"},
     )
 
 
@@ -366,3 +366,27 @@ def test_a_picture_of_each_kind_of_profile(profile: Profile, tmp_path: Path) -> 
         height, width, _ = matplotlib.image.imread(path).shape
         assert width > 2 * height > 1000
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["0.png", "1.png", "2.png"]
+
+
+def test_profiles_of_one_gpu_become_one_file(
+    profile: Profile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, out, rows = (tmp_path / f"{name}.json" for name in ("one", "two", "out", "rows"))
+    other = replace(profile, bits=4, model_bits=4)
+    write_profile(one, other)
+    write_profile(two, profile)
+    assert cli.main(["profiles", str(one), str(two), "--out", str(out), "--json", str(rows)]) == 0
+    assert read_profiles(out) == [profile, other]
+    written = json.loads(rows.read_text("utf-8"))
+    assert [row["bits"] for row in written["rows"]] == [3] * len(profile.choices) + [4] * len(profile.choices)
+    assert {row["commit"] for row in written["rows"]} == {profile.environment["commit"]}
+    assert written["hardware"] == profile.gpu
+    # their own output is an input like any other, which doubles them here
+    assert cli.main(["profiles", str(out), str(two), "--out", str(tmp_path / "x.json")]) == 2
+    assert "profiles must each be of other shapes, bits or format" in capsys.readouterr().err
+    write_profile(one, replace(profile, gpu_key="another"))
+    assert cli.main(["profiles", str(one), str(two), "--out", str(out)]) == 2
+    assert "profiles must be of one GPU, got another, " in capsys.readouterr().err
+    assert read_profiles(out) == [profile, other]
+    assert cli.main(["profiles", str(two), "--out", str(out), "--json", str(out)]) == 2
+    assert "--out and --json must be different files" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ class Profile(Config):
         return f"{self.model} {self.bits} bits {self.format} {'predicted' if self.predicted else 'measured'}"
 
 
-_CHOICE_KEYS = [f.name for f in fields(Budget)]  # the last two may be left out
+_CHOICE_KEYS = [f.name for f in fields(Budget)]  # the first four must be there
 
 
 def _checked_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
@@ -279,6 +280,21 @@ def write_profiles(path: Path, profiles: Iterable[Profile]) -> None:
     """Write a file of several profiles."""
     texts = ",\n".join(_text(profile.to_dict()) for profile in profiles)
     write_text(path, f'{{"format_version": {FORMAT_VERSION}, "profiles": [\n{texts}\n]}}\n')
+
+
+def of_one_gpu(profiles: Iterable[Profile]) -> list[Profile]:
+    """Return profiles that belong together, ordered by model, bits and format. Raises DecDECError unless they
+    are of one GPU, and each for shapes, bits and format of its own."""
+    found = sorted(profiles, key=lambda p: (p.model, p.bits, p.format, p.predicted))
+    if not found:
+        raise DecDECError("profiles must be one or more, got none")
+    gpus = sorted({profile.gpu_key for profile in found})
+    if len(gpus) > 1:
+        raise DecDECError(f"profiles must be of one GPU, got {', '.join(gpus)}")
+    for one, other in pairwise(found):
+        if (one.shapes, one.bits, one.format) == (other.shapes, other.bits, other.format):
+            raise DecDECError(f"profiles must each be of other shapes, bits or format, got {one.about()} twice")
+    return found
 
 
 def _text(values: Mapping[str, Any]) -> str:
