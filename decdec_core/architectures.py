@@ -62,7 +62,6 @@ def input_groups(config: Any) -> list[InputGroup]:
     qkv = ("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj")
     gate_up = ("gate_up_proj",) if fused else ("gate_proj", "up_proj")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     # with grouped queries one value channel feeds several inputs of o, each with its own scale
     value_feeds_o = heads == kv_heads
     return [
@@ -79,7 +78,7 @@ def input_groups(config: Any) -> list[InputGroup]:
             ("self_attn.o_proj",),
             "self_attn.o_proj",
             producer=f"self_attn.{qkv[-1]}" if value_feeds_o else None,
-            first_row=(heads + kv_heads) * head_dim if fused else 0,
+            first_row=(heads + kv_heads) * head_dim(config) if fused else 0,
         ),
         InputGroup("gate_up", _in("mlp", gate_up), "mlp", norm="post_attention_layernorm"),
         InputGroup(
@@ -90,6 +89,11 @@ def input_groups(config: Any) -> list[InputGroup]:
             first_row=config.intermediate_size if fused else 0,
         ),
     ]
+
+
+def head_dim(config: Any) -> int:
+    """Return the values of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _in(parent: str, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,6 @@ from transformers import PreTrainedModel
 from decdec_core.config import DecDECError, require_int
 from decdec_core.decode_step import Step
 from decdec_core.linear import DecLinear
-from decdec_core.model import dec_layers
 
 _WARM_UPS = 2  # before a capture: what is made at first use
 _AT_ONCE = 16  # steps launched before the tokens of those before them are looked at
@@ -70,7 +70,8 @@ class Sampling:
 
 
 def _most_likely(logits: Tensor) -> Tensor:
-    """Return argmax(-1), the first of equals, in two rounds: torch's own has a single block for a row."""
+    """Return argmax(-1), the first of equals: in two rounds where the vocabulary is even, since torch's own
+    has a single block for a row."""
     rows, vocabulary = logits.shape
     parts = math.gcd(vocabulary, _PARTS)
     best, index = logits.view(rows, parts, -1).max(-1)
@@ -107,8 +108,8 @@ class Decoder:
     model: a causal language model of a supported architecture, with DecLinear layers or plain ones, on one
     device. max_length: tokens of prompt and answer together that the cache holds, at most what
     decode_step.Step allows. The model may be used otherwise between calls, not during one; what it
-    compensates may change between calls, and the step is then captured again. A model whose layers change
-    otherwise (fused, moved, cast) needs a new Decoder.
+    compensates may change between calls, and it may be fused, and the step is then captured again. A model
+    that is moved or cast needs a new Decoder.
     """
 
     def __init__(self, model: Any, max_length: int, sampling: Sampling | None = None) -> None:
@@ -123,8 +124,6 @@ class Decoder:
         self.tokens = torch.zeros(max_length, dtype=torch.int64, device=self.device)
         self.count = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.length = torch.zeros(1, dtype=torch.int64, device=self.device)  # of what the cache holds
-        # one for all captures: cuBLAS keeps its workspace for every stream it has seen
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: list[tuple[object, ...]] = []
 
@@ -147,6 +146,8 @@ class Decoder:
         ends = _ends(_stop_tokens(self.model) if stop is None else stop)
         if self.device.type == "cuda":
             self._capture()
+        else:
+            self.step.look_up()
         self._reset()
         self.generator.manual_seed(self.sampling.seed)
         start = time.perf_counter()
@@ -227,13 +228,13 @@ class Decoder:
 
     def _capture(self) -> None:
         """Capture a step, unless the layers are as they were at the last one."""
-        layers = list(dec_layers(self.model).values())
-        for layer in layers:
-            layer.prepare_for_gpu(self.model.dtype)
-        if self._graph is not None and _same(self._captured, [_state(layer) for layer in layers]):
+        modules = self.step.look_up()
+        for module in modules:
+            if isinstance(module, DecLinear):
+                module.prepare_for_gpu(self.model.dtype)
+        if self._graph is not None and _same(self._captured, [_state(module) for module in modules]):
             return
-        self._graph, stream = None, self._stream  # its memory first
-        assert stream is not None
+        self._graph, stream = None, _capture_stream(self.device)  # its memory first
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
@@ -246,17 +247,26 @@ class Decoder:
         graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph, stream=stream):
             self._step()
-        self._graph, self._captured = graph, [_state(layer) for layer in layers]
+        self._graph, self._captured = graph, [_state(module) for module in modules]
 
 
-def _state(layer: DecLinear) -> tuple[object, ...]:
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream of all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+def _state(module: nn.Module) -> tuple[object, ...]:
     """Return what a captured step has of a layer: kept, so that nothing of it is freed and made anew."""
-    return layer, layer.tiled, layer.selection, layer.residual, layer.n_tb
+    if not isinstance(module, DecLinear):
+        return (module,)
+    return module, module.tiled, module.selection, module.residual, module.n_tb
 
 
 def _same(one: list[tuple[object, ...]], other: list[tuple[object, ...]]) -> bool:
     return len(one) == len(other) and all(
-        a is b for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True)
+        len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
+        for mine, theirs in zip(one, other, strict=True)
     )
 
 

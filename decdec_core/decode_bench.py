@@ -93,7 +93,7 @@ def bench_decode(
         kernels = step_profile(Decoder(model, setup.prompt + setup.tokens), setup.ids(config.vocab_size))
     if whole:
         del model
-        gc.collect()  # graphs and compiled functions are in cycles
+        gc.collect()  # what is in cycles too
         plain = str(dtype).removeprefix("torch.")
         try:
             rows += decode_rows(random_model(config, None, where, dtype), plain, (), setup)

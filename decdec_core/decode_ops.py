@@ -1,7 +1,8 @@
 """What stands between the matrices of a decoding step: compiled ops for a GPU and their plain-torch twins.
 
-One token of one sequence. They round where transformers' modules do; a twin is its op's oracle and serves on
-a CPU, and on a GPU for models that the kernels do not take (has_kernels).
+One token of one sequence. The twins round where transformers' modules do; of the kernels norm and gate do so
+too, while a rotation and the weighted sum of values are rounded once. A twin serves on a CPU, and on a GPU
+for models that the kernels do not take (has_kernels).
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ def add_norm(hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float) -
     hidden, added: (1, size); weight: (size,); of one dtype. On a GPU float16 or bfloat16, contiguous, size a
     multiple of 8. On a CPU the twin serves. Refused input raises DecDECError.
     """
+    size = hidden.shape[-1]
+    _check("hidden", hidden, (1, size), hidden)
+    _check("weight", weight, (size,), hidden)
+    if added is not None:
+        _check("added", added, (1, size), hidden)
     if hidden.device.type != "cuda":
         return add_norm_ref(hidden, added, weight, eps)
     out = torch.empty_like(hidden)
@@ -69,9 +75,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     On a GPU float16 or bfloat16, contiguous, size a multiple of 8. On a CPU the twin serves. Refused input
     raises DecDECError.
     """
+    size = gate_up.shape[-1] // 2
+    _check("gate_up", gate_up, (1, 2 * size), gate_up)
     if gate_up.device.type != "cuda":
         return silu_mul_ref(gate_up)
-    out = gate_up.new_empty((1, gate_up.shape[-1] // 2))
+    out = gate_up.new_empty((1, size))
     _run("silu_mul", gate_up, gate_up, out)
     return out
 
@@ -92,9 +100,10 @@ def decode_attention(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor
     cache holds, position and tables must be complete before the decoding step begins; sums are carried in
     float32. On a CPU the twin serves. Refused input raises DecDECError.
     """
+    width = _check_attention(qkv, keys, values, position, heads)
     if qkv.device.type != "cuda":
         return decode_attention_ref(qkv, keys, values, position, heads)
-    out = qkv.new_empty((1, max(0, qkv.shape[-1] - 2 * keys[:, 0].numel())))
+    out = qkv.new_empty((1, width))
     tables = (heads.cosines, heads.sines, heads.query_norm, heads.key_norm)
     _run("decode_attention", qkv, qkv, keys, values, position, *tables, heads.eps, heads.scaling, out)
     return out
@@ -117,6 +126,47 @@ def decode_attention_ref(qkv: Tensor, keys: Tensor, values: Tensor, position: Te
     beyond = torch.arange(capacity, device=qkv.device) > position
     weights = scores.masked_fill(beyond, -torch.inf).softmax(-1)
     return (weights @ values.float()).to(qkv.dtype).view(1, -1)
+
+
+def _check(which: str, got: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if tuple(got.shape) != shape or 0 in shape:
+        raise DecDECError(f"{which} must be {shape} and not empty, got {tuple(got.shape)}")
+    if got.dtype != like.dtype:
+        raise DecDECError(f"{which} must be {like.dtype}, got {got.dtype}")
+    if got.device != like.device:
+        raise DecDECError(f"{which} must be on {like.device}, got {got.device}")
+
+
+def _check_attention(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, heads: Heads) -> int:
+    """Return the values of all query heads. The position is not looked at, which on a GPU would mean to wait
+    for it: there one outside the cache writes nothing and gives NaN."""
+    if keys.dim() != 3:
+        raise DecDECError(f"keys must be (key heads, capacity, d), got {tuple(keys.shape)}")
+    shared, capacity, d = keys.shape
+    _check("qkv", qkv, (1, qkv.shape[-1]), qkv)
+    _check("keys", keys, tuple(keys.shape), qkv)
+    _check("values", values, tuple(keys.shape), qkv)
+    query_heads, rest = divmod(qkv.shape[-1] - 2 * shared * d, d)
+    if rest or query_heads <= 0 or query_heads % shared:
+        raise DecDECError(
+            f"qkv must be a multiple of {shared} query heads and twice {shared} heads of {d}, "
+            f"got {qkv.shape[-1]} values"
+        )
+    rotary = heads.cosines.shape[-1]
+    if heads.cosines.dim() != 2 or heads.cosines.shape[0] < capacity or rotary > d or rotary % 2:
+        raise DecDECError(
+            f"cosines must be ({capacity}, rotary) with an even rotary of at most {d}, "
+            f"got {tuple(heads.cosines.shape)}"
+        )
+    _check("cosines", heads.cosines, tuple(heads.cosines.shape), qkv)
+    _check("sines", heads.sines, tuple(heads.cosines.shape), qkv)
+    for which in ("query_norm", "key_norm"):
+        weight = getattr(heads, which)
+        if weight is not None:
+            _check(which, weight, (d,), qkv)
+    if position.dtype != torch.int64 or tuple(position.shape) != (1,):
+        raise DecDECError(f"position must be (1,) int64, got {tuple(position.shape)} {position.dtype}")
+    return query_heads * d
 
 
 def _head_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

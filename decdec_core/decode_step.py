@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from decdec_core import decode_ops
-from decdec_core.architectures import decoder_blocks, input_groups, require_supported
+from decdec_core.architectures import decoder_blocks, head_dim, input_groups, require_supported
 from decdec_core.config import DecDECError
 from decdec_core.decode_ops import Heads
 from decdec_core.fusing import First
@@ -66,36 +66,48 @@ class Step:
 
     model: of a supported architecture, on one device. max_length: tokens that the cache holds, at most the
     window of its attention and what its rotation serves unchanged; more raises DecDECError. `cache` is for a
-    prompt's pass by the model, with position_ids from 0. Compensation is that of a decoding step. What the
-    layers hold is looked up at each call; fused, moved or cast, a model needs a new Step.
+    prompt's pass by the model, with position_ids from 0. Compensation is that of a decoding step. The model's
+    modules and their norms' weights are those of the last `look_up`, what layers hold that of each call;
+    moved or cast, a model needs a new Step.
     """
 
     def __init__(self, model: Any, max_length: int) -> None:
         config = model.config
         require_supported(config)
         _require_room(config, max_length)
+        devices = sorted({str(parameter.device) for parameter in model.parameters()})
+        if len(devices) > 1:
+            raise DecDECError(f"a model that decodes must be on one device, got {', '.join(devices)}")
         self.model = model
-        self.state: ModelState | None = getattr(model, "decdec", None)
-        heads, shared = config.num_attention_heads, config.num_key_value_heads
-        d = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shared, d = config.num_key_value_heads, head_dim(config)
         self.cache = Cache(layers=[PromptLayer(max_length) for _ in range(config.num_hidden_layers)])
         self.cache.early_initialization(1, shared, d, model.dtype, model.device)
-        cosines, sines = _rotation(model, max_length)
-        sizes = (config.hidden_size, config.intermediate_size)
+        self.rotation = _rotation(model, max_length)
+        sizes, rotary = (config.hidden_size, config.intermediate_size), self.rotation[0].shape[-1]
         on_gpu = model.device.type == "cuda"
-        self.compiled = on_gpu and decode_ops.has_kernels(model.dtype, sizes, d, cosines.shape[-1])
+        self.has_kernels = on_gpu and decode_ops.has_kernels(model.dtype, sizes, d, rotary)
+        self.state: ModelState | None = None
+        self.blocks: list[_Block] = []
+        self.look_up()
+
+    def look_up(self) -> list[nn.Module]:
+        """Find the model's modules anew, such as after `fuse`; return those that a step calls."""
+        self.state = getattr(self.model, "decdec", None)
         kept: list[Any] = self.cache.layers
+        same = (self.rotation, self.has_kernels)
         self.blocks = [
-            _block(block, config, (layer.keys[0], layer.values[0]), (cosines, sines), self.compiled)
-            for block, layer in zip(decoder_blocks(model).values(), kept, strict=True)
+            _block(block, self.model.config, (layer.keys[0], layer.values[0]), *same)
+            for block, layer in zip(decoder_blocks(self.model).values(), kept, strict=True)
         ]
+        return [part for block in self.blocks for part in (*block.qkv, block.o, *block.gate_up, block.down)]
 
     @torch.no_grad()
     def __call__(self, token: Tensor, position: Tensor) -> Tensor:
         if self.state is not None:
             self.state.scope.active = True
+            self.state.stage.reset()
         norm, attend = decode_ops.add_norm_ref, decode_ops.decode_attention_ref
-        if self.compiled:
+        if self.has_kernels:
             norm, attend = decode_ops.add_norm, decode_ops.decode_attention
         hidden, added = self.model.get_input_embeddings()(token)[0], None
         for block in self.blocks:
@@ -115,7 +127,9 @@ def _require_room(config: Any, max_length: int) -> None:
     rotation = getattr(config, "rope_parameters", None) or {}
     kind = rotation.get("rope_type", "default")
     if kind in _BY_LENGTH:
-        most = rotation.get("original_max_position_embeddings") or config.max_position_embeddings
+        most = config.max_position_embeddings
+        if kind == "longrope":
+            most = rotation.get("original_max_position_embeddings") or most
         if max_length > most:
             raise DecDECError(f"max_length must be at most {most} with {kind} rotation, got {max_length}")
 
@@ -125,6 +139,8 @@ def _rotation(model: Any, max_length: int) -> tuple[Tensor, Tensor]:
     places = torch.arange(max_length, device=model.device).unsqueeze(0)
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     with torch.no_grad():
+        # a dynamic one that has seen a longer sequence starts anew at a short one
+        model.base_model.rotary_emb(like, position_ids=places[:, :1])
         cosines, sines = model.base_model.rotary_emb(like, position_ids=places)
     return cosines[0].contiguous(), sines[0].contiguous()
 
@@ -134,7 +150,7 @@ def _block(
     config: Any,
     cache: tuple[Tensor, Tensor],
     rotation: tuple[Tensor, Tensor],
-    compiled: bool,
+    kernels: bool,
 ) -> _Block:
     qkv, o, gate_up, down = (_linears(block, group.linears) for group in input_groups(config))
     attention: Any = block.get_submodule("self_attn")
@@ -143,13 +159,13 @@ def _block(
         query, key = attention.q_norm, attention.k_norm
         heads = replace(heads, query_norm=query.weight, key_norm=key.weight, eps=query.variance_epsilon)
     before, after = (block.get_submodule(name) for name in ("input_layernorm", "post_attention_layernorm"))
-    gate = _gate(block, config, compiled)
+    gate = _gate(block, config, kernels)
     return _Block((before, after), qkv, cache, heads, o[0], gate_up, gate, down[0])
 
 
-def _gate(block: nn.Module, config: Any, compiled: bool) -> Callable[[Tensor], Tensor]:
+def _gate(block: nn.Module, config: Any, kernels: bool) -> Callable[[Tensor], Tensor]:
     if config.hidden_act in _GATED:
-        return decode_ops.silu_mul if compiled else decode_ops.silu_mul_ref
+        return decode_ops.silu_mul if kernels else decode_ops.silu_mul_ref
     mlp: Any = block.get_submodule("mlp")
     act = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
 

@@ -85,6 +85,9 @@ def _generated(model: Any, prompt: Tensor, tokens: int) -> tuple[list[int], Tens
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=tokens,
         do_sample=False,
+        # of the configuration's rules these would make another token of the most likely one
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         pad_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,

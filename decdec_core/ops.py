@@ -282,8 +282,9 @@ def linear(
     """Return the low-bit product and, where `selection` is given, its compensation, in one launch.
 
     A random selection takes a launch before; several tokens take more than one on GPUs with 99 KB of shared
-    memory for a block. The weight and `scale` must be complete before the launch that precedes this one on
-    the stream, and pinned tensors be kept until the stream is done with them.
+    memory for a block. The weight and `scale` must be complete before the chain of overlapping launches
+    begins that this one is in (ops of this package launch so, torch's own do not), and pinned tensors be kept
+    until the stream is done with them.
     x: (tokens, in) float16 or bfloat16, 1 to 8 tokens, in a multiple of 32. codes (in, out / 2) uint8, 4-bit,
     and scale (out,) float32: the residual as in `compensate`, on x's device or in pinned host memory; out a
     multiple of 32. n_tb: thread blocks that fetch, at most. Returns (tokens, out) of x's dtype; sums are

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
+from decdec_core.architectures import head_dim
 from decdec_core.config import PROJECTION_KINDS, require_int, require_one_of
 
 _FIELDS = (
@@ -44,10 +45,10 @@ def matrices_of(config: Any) -> dict[str, tuple[int, int]]:
     config: of a supported architecture.
     """
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    values = head_dim(config)
     sizes = (
-        (hidden, (heads + 2 * config.num_key_value_heads) * head_dim),
-        (heads * head_dim, hidden),
+        (hidden, (heads + 2 * config.num_key_value_heads) * values),
+        (heads * values, hidden),
         (hidden, 2 * inner),
         (inner, hidden),
     )

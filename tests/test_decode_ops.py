@@ -153,6 +153,7 @@ def test_many_streams_at_once() -> None:
         got = []
         for one, stream in zip(made, streams, strict=True):
             with torch.cuda.stream(stream):
+                torch.cuda._sleep(1_000_000)  # so that all have been launched when the first begins
                 got.append(decode_attention(*one))
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
@@ -211,49 +212,103 @@ def test_the_ops_are_well_formed() -> None:
     torch.library.opcheck(torch.ops.decdec.silu_mul.default, (hidden, torch.empty_like(hidden[:, :32])))
 
 
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(*shape).half()
+
+
 REFUSED: dict[str, dict[str, Any]] = {
-    "qkv must be float16 or bfloat16": {"qkv": torch.zeros(1, 1024)},
-    "query heads must be a multiple of 4": {"qkv": torch.zeros(1, 960).half()},
-    "d must be a multiple of 8": {"keys": torch.zeros(4, 40, 60).half()},
-    "d must be a multiple of 8, at most 256": {"keys": torch.zeros(4, 40, 264).half()},
-    "values must be of 10240 values": {"values": torch.zeros(4, 41, 64).half()},
-    "values must be Half, got BFloat16": {"values": torch.zeros(4, 40, 64).bfloat16()},
-    "keys must be contiguous": {"keys": torch.zeros(4, 64, 40).half().transpose(1, 2)},
-    "position must be Long": {"position": torch.zeros(1, dtype=torch.int32)},
-    "position must be of one number": {"position": torch.zeros(2, dtype=torch.int64)},
-    r"cosines must be \(40, rotary\)": {"cosines": torch.zeros(39, 64).half()},
-    "rotary must be a multiple of 16, at most 64": {"cosines": torch.zeros(40, 24).half()},
-    "sines must be of 2560 values": {"sines": torch.zeros(40, 32).half()},
-    "query_norm must be of 64 values": {"query_norm": torch.zeros(32).half()},
+    "qkv must be a multiple of 4 query heads .* got 960 values": {"qkv": zeros(1, 960)},
+    "qkv must be a multiple of 4 query heads .* got 500 values": {"qkv": zeros(1, 500)},
+    r"qkv must be \(1, 1024\) and not empty, got \(2, 1024\)": {"qkv": zeros(2, 1024)},
+    r"keys must be \(key heads, capacity, d\), got \(64,\)": {"keys": zeros(64)},
+    r"keys must be \(4, 0, 64\) and not empty": {"keys": zeros(4, 0, 64)},
+    r"values must be \(4, 40, 64\) and not empty, got \(4, 41, 64\)": {"values": zeros(4, 41, 64)},
+    "values must be torch.float16, got torch.bfloat16": {"values": zeros(4, 40, 64).bfloat16()},
+    r"position must be \(1,\) int64, got \(1,\) torch.int32": {"position": torch.zeros(1, dtype=torch.int32)},
+    r"position must be \(1,\) int64, got \(2,\)": {"position": torch.zeros(2, dtype=torch.int64)},
+    r"cosines must be \(40, rotary\) .* got \(39, 64\)": {"cosines": zeros(39, 64)},
+    r"cosines must be \(40, rotary\) .* got \(40, 66\)": {"cosines": zeros(40, 66)},
+    r"sines must be \(40, 64\) and not empty, got \(40, 32\)": {"sines": zeros(40, 32)},
+    r"query_norm must be \(64,\) and not empty, got \(32,\)": {"query_norm": zeros(32)},
+}
+# what the kernel refuses besides
+REFUSED_ON_A_GPU: dict[str, dict[str, Any]] = {
+    "qkv must be float16 or bfloat16": {
+        "qkv": torch.zeros(1, 1024),
+        **{name: torch.zeros(40, 64) for name in ("cosines", "sines")},
+        **{name: torch.zeros(4, 40, 64) for name in ("keys", "values")},
+    },
+    "d must be a multiple of 8": {
+        "qkv": zeros(1, 960),
+        **{name: zeros(4, 40, 60) for name in ("keys", "values")},
+        **{name: zeros(40, 32) for name in ("cosines", "sines")},
+    },
+    "d must be a multiple of 8, at most 256": {
+        "qkv": zeros(1, 16 * 264),
+        **{name: zeros(4, 40, 264) for name in ("keys", "values")},
+    },
+    "rotary must be a multiple of 16, at most 64": {name: zeros(40, 24) for name in ("cosines", "sines")},
+    "keys must be contiguous": {"keys": zeros(4, 64, 40).transpose(1, 2)},
 }
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("message", REFUSED)
-def test_what_attention_cannot_take_is_refused(message: str) -> None:
+def require_refused(message: str, changes: dict[str, Any], device: str) -> None:
+    """Assert that arguments of decode_attention with these `changes` are refused."""
     qkv, keys, values, position, heads = drawn((8, 4, 64, 64), (40, 17), torch.float16)
     good = {"qkv": qkv, "keys": keys, "values": values, "position": position}
-    good |= {"cosines": heads.cosines, "sines": heads.sines, **REFUSED[message]}
-    there: dict[str, Any] = {name: tensor.cuda() for name, tensor in good.items()}
+    good |= {"cosines": heads.cosines, "sines": heads.sines, **changes}
+    there: dict[str, Any] = {name: tensor.to(device) for name, tensor in good.items()}
     tables = {name: there.pop(name) for name in ("cosines", "sines", "query_norm") if name in there}
     with pytest.raises(DecDECError, match=message):
         decode_attention(**there, heads=replace(heads, **tables))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_attention(message: str, device: str) -> None:
+    require_refused(message, REFUSED[message], device)
+
+
 @pytest.mark.cuda
-def test_what_norm_and_gate_cannot_take_is_refused() -> None:
-    rows = torch.zeros(3, 1, 64, device="cuda").half()
-    hidden, added, weight = rows
-    with pytest.raises(DecDECError, match="hidden must be float16 or bfloat16"):
-        add_norm(hidden.float(), None, weight[0], 1e-5)
-    with pytest.raises(DecDECError, match="size must be a positive multiple of 8"):
-        add_norm(hidden[:, :60], None, weight[0, :60], 1e-5)
-    with pytest.raises(DecDECError, match="added must be of 64 values"):
-        add_norm(hidden, added[:, :32], weight[0], 1e-5)
-    with pytest.raises(DecDECError, match="weight must be Half, got BFloat16"):
+@pytest.mark.parametrize("message", REFUSED_ON_A_GPU)
+def test_attention_that_the_kernel_refuses(message: str) -> None:
+    require_refused(message, REFUSED_ON_A_GPU[message], "cuda")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("position", [-1, 40, 1 << 40])
+def test_a_position_outside_the_cache_is_seen_and_does_no_harm(position: int) -> None:
+    qkv, keys, values, _, heads = drawn((8, 4, 64, 64), (40, 39), torch.float16, "cuda")
+    keys.zero_()
+    values.zero_()
+    outside = torch.tensor([position], device="cuda")
+    assert decode_attention(qkv, keys, values, outside, heads).isnan().all()
+    assert not keys.any()
+    assert not values.any()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_refused_norms_and_gates(device: str) -> None:
+    hidden, added, weight = torch.zeros(3, 1, 64, device=device).half()
+    with pytest.raises(DecDECError, match=r"hidden must be \(1, 64\) and not empty, got \(2, 64\)"):
+        add_norm(torch.zeros(2, 64, device=device).half(), None, weight[0], 1e-5)
+    with pytest.raises(DecDECError, match=r"added must be \(1, 64\) and not empty, got \(1, 1\)"):
+        add_norm(hidden, added[:, :1], weight[0], 1e-5)
+    with pytest.raises(DecDECError, match=r"weight must be \(64,\) and not empty, got \(1,\)"):
+        add_norm(hidden, added, weight[0, :1], 1e-5)
+    with pytest.raises(DecDECError, match=r"weight must be torch\.float16, got torch\.bfloat16"):
         add_norm(hidden, added, weight[0].bfloat16(), 1e-5)
-    with pytest.raises(DecDECError, match="gate_up must be of 64 values"):
-        silu_mul(torch.zeros(1, 65, device="cuda").half())
+    with pytest.raises(DecDECError, match=r"gate_up must be \(1, 64\) and not empty, got \(1, 65\)"):
+        silu_mul(torch.zeros(1, 65, device=device).half())
+
+
+@pytest.mark.cuda
+def test_norms_and_gates_that_the_kernels_refuse() -> None:
+    hidden = torch.zeros(1, 64, device="cuda").half()
+    with pytest.raises(DecDECError, match="hidden must be float16 or bfloat16"):
+        add_norm(hidden.float(), None, hidden[0].float(), 1e-5)
+    with pytest.raises(DecDECError, match="size must be a positive multiple of 8"):
+        add_norm(hidden[:, :60], None, hidden[0, :60], 1e-5)
     with pytest.raises(DecDECError, match="gate_up must be float16 or bfloat16"):
         silu_mul(hidden.float())
 

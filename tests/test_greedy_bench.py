@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from decdec_core import cli, greedy_bench
 from decdec_core.config import Compensation
@@ -24,6 +25,22 @@ def test_all_tokens_are_equal(tiny_artifact_dir: Path) -> None:
     ]
     assert all(0 < row["equal"] == row["tokens"] <= 20 for row in rows)
     assert rows[0]["k_chunk"] == [128, 128, 128, 128]
+
+
+def test_rules_that_are_not_greedy_are_left_out(
+    tiny_artifact_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = AutoModelForCausalLM.from_pretrained
+
+    def with_rules(*arguments: Any, **options: Any) -> Any:
+        model = load(*arguments, **options)
+        model.generation_config.repetition_penalty = 1.5
+        model.generation_config.no_repeat_ngram_size = 2
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", with_rules)
+    (row,) = greedy_rows(tiny_artifact_dir, "cpu", torch.float32, Compensation("none"), 40, ["one"])
+    assert 0 < row["equal"] == row["tokens"]
 
 
 def test_where_they_part_is_told(

@@ -383,7 +383,7 @@ def test_profiles_of_one_gpu_become_one_file(
     assert written["hardware"] == profile.gpu
     # their own output is an input like any other, which doubles them here
     assert cli.main(["profiles", str(out), str(two), "--out", str(tmp_path / "x.json")]) == 2
-    assert "profiles must each be of other shapes, bits or format" in capsys.readouterr().err
+    assert "profiles must be of different shapes, bits or format" in capsys.readouterr().err
     write_profile(one, replace(profile, gpu_key="another"))
     assert cli.main(["profiles", str(one), str(two), "--out", str(out)]) == 2
     assert "profiles must be of one GPU, got another, " in capsys.readouterr().err

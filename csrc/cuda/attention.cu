@@ -1,7 +1,8 @@
 // One token's attention to itself and the tokens before it: its queries and key normed and rotated, key and value put
 // into the cache, then softmax(scaling q keysᵀ) values, with query heads in groups that share keys.
 //
-// qkv (heads + 2 key_heads, d), keys and values (key_heads, capacity, d), out (heads, d); d a multiple of 8, at most 256.
+// qkv (heads + 2 key_heads, d), keys and values (key_heads, capacity, d), out (heads, d); d a multiple of 8, at most
+// 256.
 //
 // Grid: splits x groups of query heads that share keys. A split is a run of the tokens.
 //
@@ -22,7 +23,7 @@ namespace {
 constexpr int kAhead = 2;         // tokens of a row that are under way together
 constexpr int kMostSplits = 16;
 constexpr int kMostHeads = 8;     // of a block
-constexpr int kPad = 4;           // words behind a head's output in a share: its maximum, its sum
+constexpr int kPad = 4;           // words behind a head's output in a share: its maximum, its sum, and what aligns
 constexpr float kLeast = -1e30f;  // a maximum of nothing, finite so that differences of two are
 
 struct Attention {
@@ -135,39 +136,6 @@ struct Seen {
   }
 };
 
-__device__ uint4 peek4(const float* slots) {
-  uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(slots)
-               : "memory");
-  return v;
-}
-
-// Receives up to `kCount` times four words, `stride` apart, that are awaited together; zeros beyond `count`.
-template <int kCount>
-__device__ void receive4(float* slots, int64_t stride, int count, float4 (&values)[kCount]) {
-  uint4 words[kCount];
-  bool waiting;
-  do {
-    waiting = false;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      words[i] = i < count ? peek4(slots + i * stride) : uint4{};
-      waiting |= words[i].x == kEmpty || words[i].y == kEmpty || words[i].z == kEmpty || words[i].w == kEmpty;
-    }
-  } while (waiting);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (i < count) {
-      asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(slots + i * stride), "r"(kEmpty)
-                   : "memory");
-    }
-    values[i] = {__uint_as_float(words[i].x), __uint_as_float(words[i].y), __uint_as_float(words[i].z),
-                 __uint_as_float(words[i].w)};
-  }
-}
-
 __device__ float4 operator*(float4 v, float factor) { return {v.x * factor, v.y * factor, v.z * factor, v.w * factor}; }
 
 __device__ float4 operator+(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
@@ -232,7 +200,10 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
   const bool inside = lane * kVector < d;
 
   let_next_start();
-  const int newest = static_cast<int>(min(*of.position, int64_t{of.capacity} - 1)), tokens = newest + 1;
+  // a position outside the cache must not reach beyond memory, nor go unseen: it writes nothing and gives NaN
+  const int64_t position = *of.position;
+  const bool valid = 0 <= position && position < of.capacity;
+  const int newest = valid ? static_cast<int>(position) : 0, tokens = newest + 1;
   const int each = (tokens + splits - 1) / splits;
   const int begin = min(split * each, tokens), end = min(begin + each, tokens);
   const int64_t start = int64_t{key_head} * of.capacity * d + lane * kVector;
@@ -259,10 +230,10 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
   float query[kHeads][kVector];
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
-    const int head = first_head + min(h, heads - 1);
-    turned<T, kLanes>(of, qkv + int64_t{head} * d, static_cast<const T*>(of.query_norm), cosines, sines, lane, query[h]);
+    const T* const head = qkv + int64_t{first_head + min(h, heads - 1)} * d;
+    turned<T, kLanes>(of, head, static_cast<const T*>(of.query_norm), cosines, sines, lane, query[h]);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) query[h][i] *= work.scaling;
+    for (int i = 0; i < kVector; ++i) query[h][i] *= valid ? work.scaling : nanf("");
   }
   Vector<T> new_key = zeros<T>(), new_value = zeros<T>();
   if (begin <= newest && newest < end) {
@@ -272,7 +243,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
 #pragma unroll
     for (int i = 0; i < kVector; ++i) new_key.v[i] = from_float<T>(k[i]);
     if (inside) new_value = vector_at(head + int64_t{of.key_heads} * d + lane * kVector);
-    if (inside && row == 0 && group % work.groups_each == 0) {
+    if (valid && inside && row == 0 && group % work.groups_each == 0) {
       vector_at(keys + int64_t{newest} * d) = new_key;
       vector_at(values + int64_t{newest} * d) = new_value;
     }
@@ -367,9 +338,7 @@ cudaError_t with_lanes(int d, int sharing, const Work& work) {
 template <typename Work>
 cudaError_t with_attention(const DecodeAttention& a, const Work& work) {
   const int sharing = a.heads / a.key_heads;
-  if (a.scalar == Scalar::float16) return with_lanes<__half>(a.d, sharing, work);
-  if (a.scalar == Scalar::bfloat16) return with_lanes<__nv_bfloat16>(a.d, sharing, work);
-  return cudaErrorInvalidValue;
+  return with_half(a.scalar, [&](auto scalar) { return with_lanes<decltype(scalar)>(a.d, sharing, work); });
 }
 
 }  // namespace

@@ -53,6 +53,16 @@ cudaError_t with_scalar(Scalar scalar, const Work& work) {
   return cudaErrorInvalidValue;
 }
 
+// The same for half precision.
+template <typename Work>
+cudaError_t with_half(Scalar scalar, const Work& work) {
+  switch (scalar) {
+    case Scalar::float16: return work(__half{});
+    case Scalar::bfloat16: return work(__nv_bfloat16{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
 // ---- asynchronous copies of 16 bytes from global (or mapped host) memory to an address in shared memory
 
 __device__ inline uint32_t shared_address(const void* shared) {
@@ -172,6 +182,40 @@ __device__ inline float receive_sum(float* slot, int64_t stride, int count) {
     }
   }
   return sum;
+}
+
+__device__ inline void clear4(float* slots) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(slots), "r"(kEmpty) : "memory");
+}
+
+__device__ inline uint4 peek4(const float* slots) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(slots)
+               : "memory");
+  return v;
+}
+
+// Receives up to `kCount` times four words, `stride` apart, that are awaited together; zeros beyond `count`.
+template <int kCount>
+__device__ inline void receive4(float* slots, int64_t stride, int count, float4 (&values)[kCount]) {
+  uint4 words[kCount];
+  bool waiting;
+  do {
+    waiting = false;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      words[i] = i < count ? peek4(slots + i * stride) : uint4{};
+      waiting |= words[i].x == kEmpty || words[i].y == kEmpty || words[i].z == kEmpty || words[i].w == kEmpty;
+    }
+  } while (waiting);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i < count) clear4(slots + i * stride);
+    values[i] = {__uint_as_float(words[i].x), __uint_as_float(words[i].y), __uint_as_float(words[i].z),
+                 __uint_as_float(words[i].w)};
+  }
 }
 
 // ---- the tensor cores: d (16 x 8) += a (16 x 16) b (16 x 8), sums in float32

@@ -80,13 +80,13 @@ cudaError_t launch_overlapping(Kernel kernel, int blocks, cudaStream_t stream, c
 }  // namespace
 
 cudaError_t add_norm(const Norm& norm, cudaStream_t stream) {
-  return with_scalar(norm.scalar, [&](auto scalar) {
+  return with_half(norm.scalar, [&](auto scalar) {
     return launch_overlapping(norm_kernel<decltype(scalar)>, 1, stream, norm);
   });
 }
 
 cudaError_t silu_mul(const void* gate_up, void* out, Scalar scalar, int size, cudaStream_t stream) {
-  return with_scalar(scalar, [&](auto type) {
+  return with_half(scalar, [&](auto type) {
     using T = decltype(type);
     const int vectors = size / kVector;
     return launch_overlapping(silu_mul_kernel<T>, divide_up(vectors, kThreads), stream,

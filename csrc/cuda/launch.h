@@ -1,4 +1,4 @@
-// What the launches share that may overlap with the end of the one before them (common.cuh: wait_for_previous).
+// What the launches share that may overlap with the end of the one before them (common.cuh: await_previous).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,7 +9,7 @@ namespace decdec::cuda {
 
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// Whether launches of `kernel` may overlap: not of code compiled for an older target, in which wait_for_previous is
+// Whether launches of `kernel` may overlap: not of code compiled for an older target, in which await_previous is
 // empty.
 template <typename Kernel>
 cudaError_t can_overlap(Kernel kernel, int device, bool* result) {

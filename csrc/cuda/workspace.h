@@ -1,4 +1,4 @@
-// Device memory in which the blocks of a launch of `linear` or `compensate` meet.
+// Device memory in which the blocks of a launch meet: of `linear`, `compensate` and `decode_attention`.
 #pragma once
 
 #include <cuda_runtime.h>
