@@ -40,8 +40,8 @@ class TemplateConversation(Conversation):
     format: ChatFormat | None = None
 
     def get_prompt(self) -> str:
-        """Return the prompt as text. FastChat tokenizes it with what the tokenizer adds, so that a first token
-        that both would write is left out."""
+        """Return the prompt as text. FastChat lets the tokenizer add what it adds, so that a first token that
+        both would write is left out."""
         assert self.format is not None
         messages = [message for _role, message in self.messages if message is not None]
         text, tokenizer = self.format.text(messages, self.system_message), self.format.tokenizer
@@ -61,8 +61,8 @@ class DecDECAdapter(model_adapter.BaseModelAdapter):
     """Opens artifacts, and plain models with a recipe or with method=full, as `--model decdec` does.
 
     Of `compensate` auto, generation takes decode: FastChat's streaming reads a prompt without a key-value
-    cache, which alone would count as likelihood. dtype: what the arguments name, else FastChat's (float32 on a
-    CPU, float16 on a GPU).
+    cache, which alone would count as likelihood. dtype: what the arguments name, else FastChat's (float32 on
+    a CPU, float16 on a GPU).
     """
 
     def match(self, model_path: str) -> bool:

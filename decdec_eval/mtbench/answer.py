@@ -1,7 +1,8 @@
 """Both turns of MT-Bench's questions, answered by one model and appended to a file question by question.
 
-DIR/model_answer/MODEL.jsonl is FastChat's answer file; what this package adds stands under `decdec`. Each turn
-draws from a seed of its own, so that a run that was killed and resumed says what an undisturbed one says.
+DIR/model_answer/MODEL.jsonl is FastChat's answer file; what this package adds stands under `decdec`. Each
+turn draws from a seed of its own, so that a run that was killed and resumed gives the same answers as one that
+was left alone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 _OTHERWISE = 0.7  # FastChat's, for a category of somebody's own
-# in max_new_tokens: two answers, and as much again, since a text of odd tokens can be read back as more tokens
+# in max_new_tokens: two answers, and as much again, since an odd text can be read back as more tokens
 _ROOM = 3
 
 
@@ -195,8 +196,8 @@ class AnswerFile:
 
 
 def read_answers(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the answers of a file and the length of what they take in it, in bytes: what follows the last line
-    end was being written when its run was killed. A line that is no answer raises DecDECError."""
+    """Return the answers of a file and what they take of it, in bytes: what follows the last line end was
+    being written when its run was killed. A line that is no answer raises DecDECError."""
     data = path.read_bytes()
     length = data.rfind(b"\n") + 1
     rows = []

@@ -1,8 +1,8 @@
 """The messages of a conversation -> token ids, and where an answer ends.
 
-A tokenizer's own chat template comes first. FastChat's conversation serves only models that were released with
-it and without a template, such as Vicuna: for any model that it does not know it has a fallback (`one_shot`),
-and it takes the base models of some families for chat models. What has neither is refused.
+A tokenizer's own chat template comes first. FastChat's conversation serves only models that were released
+with it and without a template, such as Vicuna: for any model that it does not know it has a fallback
+(`one_shot`), and it takes the base models of some families for chat models. What has neither is refused.
 """
 
 from __future__ import annotations
@@ -129,15 +129,15 @@ def chat_format(tokenizer: Any, eos: int | Collection[int] | None, name: str) ->
 
 
 def fastchat_conversation(name: str) -> Conversation:
-    """Return FastChat's conversation for the model called `name` (a hub id or a path); raise DecDECError where
-    it has none that is certainly of a chat model."""
+    """Return FastChat's conversation for the model called `name`, a hub id or a path; raise DecDECError where it
+    has none that is certainly a chat model's."""
     base = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     found = get_conversation_template(base)
     right = found.name in _OF_CHAT_MODELS or (found.name in _OF_FAMILIES and _SAYS_CHAT.search(base))
     if not right:
         raise DecDECError(
-            f"model {name} must have a tokenizer with a chat template or be a chat model that FastChat knows by "
-            f"name, got neither: a base model cannot answer MT-Bench"
+            f"model {name} must have a tokenizer with a chat template or be a chat model that FastChat knows "
+            "by name, got neither: a base model cannot answer MT-Bench"
         )
     return found
 

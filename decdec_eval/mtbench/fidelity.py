@@ -1,12 +1,12 @@
 """How near each configuration stays to the full-precision model, token by token and without a judge.
 
-The full model's own answers to MT-Bench are read again by every configuration (teacher forcing), and its next
-token's distribution at each token of an answer is compared with the full model's: mean KL(full || configuration)
+The full model's own answers to MT-Bench are read again by every configuration (teacher forcing), and what it
+predicts at each token of an answer is compared with what the full model does: mean KL(full || configuration),
 and how often both have the same most likely token.
 
-As decoding computes it: a turn's prompt is one pass, compensated only with compensate=all, and all tokens of the
-answer are a second one after it, each compensated with channels of its own. What is kept of the full model are
-its last hidden states; logits are made of them a few tokens at a time.
+As decoding computes it: a turn's prompt is one pass, compensated only with compensate=all, and all tokens of
+the answer are a second one after it, each compensated with channels of its own. What is kept of the full
+model are its last hidden states; logits are made of them a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ from decdec_eval.mtbench.answer import add_model, questions_sha256, read_answers
 from decdec_eval.mtbench.conversation import ChatFormat
 from decdec_eval.mtbench.data import Question, load_questions, mt_bench_folder
 
-_ROWS_AT_ONCE = (
-    256  # float32 logits of 256 tokens over a vocabulary of 128k take 131 MB, and there are several
-)
+_ROWS_AT_ONCE = 256  # float32 logits of 256 tokens over a vocabulary of 128k take 131 MB, several times
 COMPARED = ("kl", "top1")
 
 
@@ -116,8 +114,8 @@ def _all_compensated(model: Any) -> Iterator[None]:
 def compare(full: Tensor, full_head: Any, states: Tensor, head: Any) -> tuple[float, int]:
     """Return the sum over tokens of KL(full || other) in nats, and how many tokens have the same argmax.
 
-    full, states: (tokens, hidden), each with the head that makes logits (tokens, vocabulary) of it. Softmax is
-    taken in float32, summed in float64.
+    full, states: (tokens, hidden), each with the head that makes logits (tokens, vocabulary) of it. Softmax
+    and the divergence of a token are taken in float32, their sum in float64.
     """
     total, same = 0.0, 0
     for mine, theirs in zip(full.split(_ROWS_AT_ONCE), states.split(_ROWS_AT_ONCE), strict=True):
@@ -129,8 +127,8 @@ def compare(full: Tensor, full_head: Any, states: Tensor, head: Any) -> tuple[fl
 
 
 def mean_with_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
-    """Return sum(sums) / sum(counts) and its standard error over conversations: tokens of one conversation are
-    not independent, so the error is a ratio's, of conversations drawn whole. None for a single one."""
+    """Return sum(sums) / sum(counts) and its standard error over conversations: tokens of one are not
+    independent, so the error is a ratio's, of conversations drawn whole. None for a single one."""
     mean, n = sum(sums) / sum(counts), len(sums)
     if n < 2:
         return mean, None
@@ -150,25 +148,38 @@ def summary(conversations: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Full:
-    """What is kept of the full-precision model: the hidden states of all turns, in host memory, and its head."""
+    """What is kept of the full-precision model: its head and, in host memory, the hidden states of all turns.
 
-    def __init__(self, opened: Opened, turns: Sequence[Turn]) -> None:
+    The model itself is let go once it has read them.
+    """
+
+    def __init__(self, opened: Opened, path: Path, questions: Sequence[Question]) -> None:
+        if opened.ledger.get("method") != FULL:
+            raise DecDECError(
+                f"full-args must be with method=full, got {opened.ledger['selection']} selection"
+            )
         require_supported(opened.model.config)  # of which logits are the head's of the last hidden state
         self.chat, self.ledger = opened.chat, opened.ledger
+        self.turns = turns_of(path, questions, opened.chat)
         self.head = opened.model.get_output_embeddings()
-        bar = tqdm(turns, desc="full precision", unit="turn")
-        self.states = [answer_states(opened.model, turn).cpu() for turn in bar]
+        self._model: Any = opened.model
+        self._states: list[Tensor] = []
 
-    def measure(self, opened: Opened, turns: Sequence[Turn], label: str) -> list[dict[str, Any]]:
-        """Return a row for each conversation; a model of another vocabulary or template raises DecDECError."""
-        head = opened.model.get_output_embeddings()
-        if (
-            opened.chat.describe() != self.chat.describe()
-            or head.weight.shape[0] != self.head.weight.shape[0]
-        ):
+    def states(self) -> list[Tensor]:
+        """Return the hidden states of each turn; the first call takes a pass over all of them."""
+        if self._model is not None:
+            bar = tqdm(self.turns, desc="full precision", unit="turn")
+            self._states = [answer_states(self._model, turn).cpu() for turn in bar]
+            self._model = None
+        return self._states
+
+    def measure(self, opened: Opened, label: str) -> list[dict[str, Any]]:
+        """Return a row for each conversation; another vocabulary or template raises DecDECError."""
+        head, chat, states = opened.model.get_output_embeddings(), opened.chat.describe(), self.states()
+        if chat != self.chat.describe() or head.weight.shape[0] != self.head.weight.shape[0]:
             raise DecDECError(f"{label} must have the full model's tokens and chat template, got others")
         rows: dict[int, dict[str, Any]] = {}
-        bar = tqdm(zip(turns, self.states, strict=True), total=len(turns), desc=label, unit="turn")
+        bar = tqdm(zip(self.turns, states, strict=True), total=len(states), desc=label, unit="turn")
         for turn, full in bar:
             kl, top1 = compare(full, self.head, answer_states(opened.model, turn), head)
             empty = {"question_id": turn.question_id, "tokens": 0, "kl": 0.0, "top1": 0}
@@ -190,43 +201,35 @@ def fidelity(
 ) -> dict[str, Any]:
     """Return the result of every configuration in `model_args`, written to `out` as each is done.
 
-    answers: the folder of `answer`; reference: the model-id of the full-precision model's. A configuration that
-    `out` holds already is not measured again; another task's file raises DecDECError.
+    answers: the folder of `answer`; reference: the model-id of the full-precision model's. A configuration
+    that `out` holds already is not measured again; another task's file raises DecDECError.
     """
-    for args in model_args:
-        if model_args.count(args) > 1:
-            raise DecDECError(f"model-args must differ from each other, got {args} twice")
     path = answers / "model_answer" / f"{reference}.jsonl"
     if not path.is_file():
         raise DecDECError(f"reference must be the name of an answer file, got {reference}: no {path}")
-    opened = open_model(full_args, device)
-    if opened.ledger.get("method") != FULL:
-        raise DecDECError(f"full-args must be with method=full, got {full_args}")
-    turns = turns_of(path, questions, opened.chat)
+    full = Full(open_model(full_args, device), path, questions)
+    turns = json.dumps([asdict(turn) for turn in full.turns])
     task = {
         "name": "mt_bench fidelity",
-        "turns_sha256": hashlib.sha256(json.dumps([asdict(turn) for turn in turns]).encode()).hexdigest(),
         "reference": reference,
-        "full": opened.ledger,
+        "turns_sha256": hashlib.sha256(turns.encode()).hexdigest(),
+        "full": full.ledger,
     }
     result = _begun(out, task)
-    done = [run["configuration"] for run in result["runs"]]
-    full = None
+    if not result["runs"]:
+        full.states()  # before another model is in memory
     for args in model_args:
-        other = open_model(args, device)
-        if other.ledger in done:
+        opened = open_model(args, device)
+        if opened.ledger in [run["configuration"] for run in result["runs"]]:
             continue
-        if full is None:
-            full = Full(opened, turns)
-            del opened
-        rows = full.measure(other, turns, args)
+        rows = full.measure(opened, args)
         result["runs"].append(
             {
                 "model_args": args,
-                "configuration": other.ledger,
+                "configuration": opened.ledger,
                 "metrics": summary(rows),
                 "conversations": rows,
-                "environment": environment(other.model.device, "fschat", "lm_eval"),
+                "environment": environment(opened.model.device, "fschat", "lm_eval"),
             }
         )
         write_json(out, result)
@@ -289,7 +292,7 @@ def add_fidelity(parser: argparse.ArgumentParser) -> None:
         required=True,
         action="append",
         metavar="ARGS",
-        help="a configuration; may be repeated",
+        help="may be repeated",
     )
     parser.add_argument("--out", type=json_file, required=True, metavar="FILE", help="the result, as JSON")
     parser.set_defaults(run=_fidelity, parser=parser)
