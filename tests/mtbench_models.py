@@ -16,7 +16,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
 )
 EOS = 258
-CATEGORIES = ("writing", "roleplay", "math", "extraction", "stem", "humanities")
+CATEGORIES = ("writing", "math", "stem", "humanities")
 
 
 def save_chat(folder: Path, template: str | None = TEMPLATE, architecture: str = "llama") -> Path:

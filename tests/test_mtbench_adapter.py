@@ -157,13 +157,13 @@ def test_fastchat_generates_what_answer_says(compensate: str, artifact: Path) ->
     conversation = model_adapter.get_conversation_template(path)
     conversation.append_message(conversation.roles[0], "Tell me of rivers.")
     conversation.append_message(conversation.roles[1], None)
-    asked = {"prompt": conversation.get_prompt(), "temperature": 0.0, "max_new_tokens": 24, "echo": False}
+    asked = {"prompt": conversation.get_prompt(), "temperature": 0.0, "max_new_tokens": 12, "echo": False}
     asked["stop_token_ids"] = conversation.stop_token_ids
     *_, last = generate_stream(model, tokenizer, asked, "cpu", 4096)
     opened = open_model(path, "cpu")
     speaker = Speaker(opened, 512)
     assert speaker.way == "decoder"
-    tokens = speaker.speak(opened.chat.prompt(["Tell me of rivers."]), 24, 0.0, 0)
+    tokens = speaker.speak(opened.chat.prompt(["Tell me of rivers."]), 12, 0.0, 0)
     assert len(tokens) > 4
     assert last["text"].strip() == opened.chat.answer(tokens)
 
@@ -188,7 +188,7 @@ def test_a_base_artifact_is_named_by_its_source(tmp_path: Path) -> None:
     with pytest.raises(DecDECError, match=f"model {base} must have a tokenizer with a chat template"):
         open_model(f"pretrained={artifact}", "cpu")
     vicuna = save_chat(tmp_path / "vicuna-7b-v1.5", template=None)
-    chat = chat_format_of(str(build_chat(vicuna, tmp_path / "rtn3")))
+    chat = chat_format_of(f"pretrained={vicuna},method=full")
     assert chat.describe()["name"] == "FastChat's vicuna_v1.1"
 
 

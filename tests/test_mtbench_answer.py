@@ -41,7 +41,7 @@ from decdec_eval.mtbench.answer import (
 )
 from decdec_eval.mtbench.data import Question, load_questions
 
-TOKENS = 16
+TOKENS = 6
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_turns_are_the_decoders_after_the_conversation(
     opened = open_model(args, "cpu")
     fuse(opened.model)
     rows = {row["question_id"]: row for row in rows_of(undisturbed)}
-    for question in (questions[0], questions[2]):  # temperature 0.7, and 0
+    for question in questions[:2]:  # temperature 0.7, and 0
         turns = rows[question.question_id]["choices"][0]["turns"]
         decdec = rows[question.question_id]["decdec"]
         for turn, messages in enumerate(
@@ -146,6 +146,7 @@ def test_a_killed_run_resumes_with_the_same_answers(
 ) -> None:
     script = f"""
 import sys, time
+from pathlib import Path
 from decdec_eval.mtbench import answer as module
 from decdec_eval.mtbench.data import load_questions
 assert "fastchat.llm_judge.common" not in sys.modules  # which imports a judge's client
@@ -154,8 +155,8 @@ def slow(*arguments):
     append(*arguments)
     time.sleep(0.5)
 module.AnswerFile.append = slow
-from pathlib import Path
-module.answer({args!r}, Path({str(tmp_path)!r}), load_questions(Path({str(data)!r})), "tiny", max_new_tokens={TOKENS})
+questions = load_questions(Path({str(data)!r}))
+module.answer({args!r}, Path({str(tmp_path)!r}), questions, "tiny", max_new_tokens={TOKENS})
 """
     path = tmp_path / "model_answer" / "tiny.jsonl"
     environment = {**os.environ, "PYTHONPATH": with_checkout_first()}
@@ -175,17 +176,17 @@ module.answer({args!r}, Path({str(tmp_path)!r}), load_questions(Path({str(data)!
     assert rows_of(path)[: len(done)] == done  # not answered again
 
 
-@pytest.mark.parametrize("cut", [1, 30, 4000])
+@pytest.mark.parametrize("cut", [1, 300])
 def test_a_torn_last_line_is_answered_again(
     cut: int, undisturbed: Path, args: str, questions: list[Question], tmp_path: Path
 ) -> None:
     whole = undisturbed.read_bytes().splitlines(keepends=True)
     path = tmp_path / "model_answer" / "tiny.jsonl"
     path.parent.mkdir()
-    path.write_bytes(b"".join(whole[:4]) + whole[4][: max(1, len(whole[4]) - cut)])
+    path.write_bytes(b"".join(whole[:2]) + whole[2][: max(1, len(whole[2]) - cut)])
     assert answer(args, tmp_path, questions, "tiny", max_new_tokens=TOKENS) == path
     assert said(path) == said(undisturbed)
-    assert path.read_bytes().splitlines(keepends=True)[:4] == whole[:4]
+    assert path.read_bytes().splitlines(keepends=True)[:2] == whole[:2]
 
 
 def test_limit_takes_the_first_and_more_may_follow(
@@ -252,7 +253,7 @@ def test_another_artifact_and_other_questions_are_refused(
     path = tmp_path / "model_answer" / "tiny.jsonl"
     path.parent.mkdir()
     shutil.copy(undisturbed, path)
-    fewer = {"out": tmp_path, "questions": questions[:5], "model_id": "tiny", "max_new_tokens": TOKENS}
+    fewer = {"out": tmp_path, "questions": questions[:3], "model_id": "tiny", "max_new_tokens": TOKENS}
     with pytest.raises(DecDECError, match="got another questions_sha256"):
         answer(args, **fewer)
     other = f"pretrained={model_dir},method=full"
@@ -293,8 +294,8 @@ def test_a_second_run_on_the_same_file_is_refused(
     ("change", "message"),
     [
         ({"seed": -1}, "seed must be 0"),
-        ({"limit": 0}, "limit must be 1..6, got 0"),
-        ({"limit": 7}, "limit must be 1..6, got 7"),
+        ({"limit": 0}, "limit must be 1..4, got 0"),
+        ({"limit": 7}, "limit must be 1..4, got 7"),
         ({"model_id": "../x"}, "model-id must be letters, digits"),
         ({"max_new_tokens": 0}, "max-new-tokens must be 1..4095, got 0"),
         ({"max_new_tokens": 4096}, "max-new-tokens must be 1..4095, got 4096"),
@@ -373,7 +374,7 @@ def test_temperatures_are_fastchats() -> None:
         for node in ast.parse(source).body
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "temperature_config"
     ]
-    assert {**TEMPERATURES, "arena-hard-200": 0.0} == table
+    assert table == {**TEMPERATURES, "arena-hard-200": 0.0}
 
 
 def test_temperatures_are_for_all_categories_of_the_real_questions(data_dir: Path) -> None:

@@ -1,8 +1,8 @@
 """Both turns of MT-Bench's questions, answered by one model and appended to a file question by question.
 
 DIR/model_answer/MODEL.jsonl is FastChat's answer file; what this package adds stands under `decdec`. Each
-turn draws from a seed of its own, so that a run that was killed and resumed gives the same answers as one that
-was left alone.
+turn draws from a seed of its own, so that a run that was killed and resumed gives the same answers as one
+that was left alone.
 """
 
 from __future__ import annotations

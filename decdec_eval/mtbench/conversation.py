@@ -129,8 +129,8 @@ def chat_format(tokenizer: Any, eos: int | Collection[int] | None, name: str) ->
 
 
 def fastchat_conversation(name: str) -> Conversation:
-    """Return FastChat's conversation for the model called `name`, a hub id or a path; raise DecDECError where it
-    has none that is certainly a chat model's."""
+    """Return FastChat's conversation for the model called `name`, a hub id or a path; raise DecDECError where
+    it has none that is certainly a chat model's."""
     base = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     found = get_conversation_template(base)
     right = found.name in _OF_CHAT_MODELS or (found.name in _OF_FAMILIES and _SAYS_CHAT.search(base))
