@@ -47,9 +47,7 @@ def add_profiles(profiles: argparse.ArgumentParser) -> None:
     """Add the options of profiles."""
     profiles.add_argument("files", type=Path, nargs="+", metavar="FILE", help="of decdec tune, for one GPU")
     profiles.add_argument("--out", type=json_file, required=True, metavar="FILE", help="all of them")
-    profiles.add_argument(
-        "--json", type=json_file, metavar="FILE", help="write a row for each slowdown there"
-    )
+    profiles.add_argument("--json", type=json_file, metavar="FILE", help="write a row for each slowdown there")
     profiles.set_defaults(run=_profiles, parser=profiles)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from conftest import CALIBRATION, byte_tokenizer, tiny_model
 
 from decdec_core.build import build_artifact
@@ -42,3 +44,11 @@ def write_questions(folder: Path) -> list[Question]:
     ]
     (folder / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_questions(folder)
+
+
+def single_threaded() -> Iterator[None]:
+    """Run on one thread meanwhile: threads of so small a model wait for each other more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -10,7 +10,7 @@ import torch
 from conftest import byte_tokenizer
 from fastchat.model import model_adapter
 from fastchat.serve.inference import generate_stream
-from mtbench_models import EOS, TEMPLATE, build_chat, save_chat
+from mtbench_models import EOS, TEMPLATE, build_chat, save_chat, single_threaded
 from tokenizers.processors import TemplateProcessing
 
 from decdec_core.config import DecDECError
@@ -18,6 +18,8 @@ from decdec_core.model import state_of
 from decdec_eval.mtbench.adapter import TemplateConversation, chat_format_of, open_model
 from decdec_eval.mtbench.answer import Speaker
 from decdec_eval.mtbench.conversation import chat_format, fastchat_conversation
+
+one_thread = pytest.fixture(single_threaded, autouse=True, scope="module")
 
 
 @pytest.fixture(scope="module")

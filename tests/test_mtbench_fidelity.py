@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from mtbench_models import build_chat, save_chat, write_questions
+from mtbench_models import build_chat, save_chat, single_threaded, write_questions
 from torch import nn
 from transformers import DynamicCache
 
@@ -35,6 +35,7 @@ from decdec_eval.mtbench.fidelity import (
 )
 
 TOKENS = 8
+one_thread = pytest.fixture(single_threaded, autouse=True, scope="module")
 
 
 @pytest.fixture(scope="module")

@@ -293,9 +293,7 @@ def of_one_gpu(profiles: Iterable[Profile]) -> list[Profile]:
         raise DecDECError(f"profiles must be of one GPU, got {', '.join(gpus)}")
     for one, other in pairwise(found):
         if (one.shapes, one.bits, one.format) == (other.shapes, other.bits, other.format):
-            raise DecDECError(
-                f"profiles must each be of other shapes, bits or format, got {one.about()} twice"
-            )
+            raise DecDECError(f"profiles must each be of other shapes, bits or format, got {one.about()} twice")
     return found
 
 

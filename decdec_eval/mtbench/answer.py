@@ -41,8 +41,9 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 _OTHERWISE = 0.7  # FastChat's, for a category of somebody's own
-# in max_new_tokens: two answers, and as much again, since an odd text can be read back as more tokens
-_ROOM = 3
+# in max_new_tokens: the second answer, and the first as it is read back: a token that is no whole character
+# becomes three, a replacement character's bytes
+_ROOM = 4
 
 
 @dataclass(frozen=True)
