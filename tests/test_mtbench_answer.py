@@ -255,7 +255,7 @@ def test_another_artifact_and_other_questions_are_refused(
     path.parent.mkdir()
     shutil.copy(undisturbed, path)
     fewer = {"out": tmp_path, "questions": questions[:3], "model_id": "tiny", "max_new_tokens": TOKENS}
-    with pytest.raises(DecDECError, match="got another .*questions_sha256: give another"):
+    with pytest.raises(DecDECError, match=r"got another .*questions_sha256: give another"):
         answer(args, **fewer)
     other = f"pretrained={model_dir},method=full"
     with pytest.raises(DecDECError, match="got another ledger"):
