@@ -1,0 +1,1 @@
+"""MT-Bench: questions -> answers -> judgments -> scores, in FastChat's file formats."""
