@@ -1,11 +1,18 @@
-"""A small MT-Bench in FastChat's files, and answers to it: three questions, of which one needs a reference."""
+"""A small MT-Bench in FastChat's files: three questions, one of which needs a reference, and answers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+KEY = "sk-a-secret-of-the-test"
+Judging = Callable[..., int]
+Capture = pytest.CaptureFixture[str]
 
 QUESTIONS = {81: "writing", 101: "reasoning", 151: "humanities"}
 _TEMPLATES = {
@@ -15,7 +22,7 @@ _TEMPLATES = {
     "single-math-v1-multi-turn": "R {ref_answer_1} {ref_answer_2} A {answer_1} Q {question_2} A {answer_2}",
     "pair-v2": "Q {question} A {answer_a} B {answer_b}",
     "pair-math-v1": "Q {question} R {ref_answer_1} A {answer_a} B {answer_b}",
-    "pair-v2-multi-turn": "Q {question_1} {question_2} A {answer_a_1} {answer_a_2} B {answer_b_1} {answer_b_2}",
+    "pair-v2-multi-turn": "Q {question_1} A {answer_a_1} {answer_a_2} B {answer_b_1} {answer_b_2}",
     "pair-math-v1-multi-turn": "R {ref_answer_1} {ref_answer_2} A {answer_a_2} B {answer_b_2}",
 }
 
@@ -74,3 +81,22 @@ def write_answers(folder: Path, *models: str, questions: Iterable[int] = QUESTIO
         rows = [answer_row(question_id, model) for question_id in questions]
         write_jsonl(folder / "model_answer" / f"{model}.jsonl", rows)
     return folder
+
+
+def records(answers: Path, name: str = "stub_single") -> list[dict[str, Any]]:
+    lines = (answers / "model_judgment" / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def keys(found: list[dict[str, Any]]) -> Counter[tuple[int, str, int]]:
+    return Counter((one["question_id"], one["model"], one["turn"]) for one in found)
+
+
+EVERY = Counter((q, model, turn) for q in (81, 101, 151) for model in ("dynamic", "none") for turn in (1, 2))
+
+
+def refusal(capsys: Capture) -> str:
+    """Return the one line of standard error, progress bars left out."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("decdec: error: ")]
+    assert len(lines) == 1
+    return lines[0].removeprefix("decdec: error: ")

@@ -118,14 +118,14 @@ QUESTION, PROMPT = question_rows()[0], prompt_rows()[0]
 )
 def test_a_line_that_is_no_question_is_refused(tmp_path: Path, row: Any, refusal: str) -> None:
     write_jsonl(tmp_path / "question.jsonl", [QUESTION, row])
-    with pytest.raises(DecDECError, match=f"question.jsonl line 2 .*{refusal}"):
+    with pytest.raises(DecDECError, match=rf"question.jsonl line 2 .*{refusal}"):
         load_questions(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b'{"question_id": 81, "cat', b"\xff\xfe"])
 def test_a_damaged_line_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "question.jsonl").write_bytes(content)
-    with pytest.raises(DecDECError, match="question.jsonl line 1 must be one of FastChat's, got") as caught:
+    with pytest.raises(DecDECError, match=r"question.jsonl line 1 must be one of FastChat's, got") as caught:
         load_questions(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -134,10 +134,10 @@ def test_missing_empty_and_repeating_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DecDECError, match=r"question.jsonl must be a file of JSON Lines, got none"):
         load_questions(tmp_path)
     write_jsonl(tmp_path / "question.jsonl", [])
-    with pytest.raises(DecDECError, match="must have at least one line"):
+    with pytest.raises(DecDECError, match=r"must have at least one line"):
         load_questions(tmp_path)
     write_jsonl(tmp_path / "question.jsonl", [QUESTION, QUESTION])
-    with pytest.raises(DecDECError, match="must have each question_id once, got 81 twice"):
+    with pytest.raises(DecDECError, match=r"must have each question_id once, got 81 twice"):
         load_questions(tmp_path)
 
 
@@ -154,13 +154,13 @@ def test_missing_empty_and_repeating_files_are_refused(tmp_path: Path) -> None:
 )
 def test_a_line_that_is_no_prompt_is_refused(tmp_path: Path, change: Any, refusal: str) -> None:
     write_jsonl(tmp_path / "judge_prompts.jsonl", [{**PROMPT, **change}])
-    with pytest.raises(DecDECError, match=f"judge_prompts.jsonl line 1 .*{refusal}"):
+    with pytest.raises(DecDECError, match=rf"judge_prompts.jsonl line 1 .*{refusal}"):
         load_prompts(tmp_path)
 
 
 def test_an_answer_without_choices_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{**answer_row(81, "a"), "choices": []}])
-    with pytest.raises(DecDECError, match="line 1 .*no choices"):
+    with pytest.raises(DecDECError, match=r"line 1 .*no choices"):
         load_answers(path)
 
 
@@ -217,7 +217,7 @@ def test_other_bytes_are_refused_and_nothing_is_kept(mirror: tuple[Path, str], t
     with (mirror[0] / "judge_prompts.jsonl").open("ab") as file:
         file.write(b" ")
     out = tmp_path / "out"
-    with pytest.raises(DecDECError, match="judge_prompts.jsonl must have the SHA-256 fd2832.*of 10450 bytes"):
+    with pytest.raises(DecDECError, match=r"judge_prompts.jsonl must have the SHA-256 fd28.* of 10450 bytes"):
         run_fetch("--source", mirror[1], "--out", str(out))
     assert not out.exists()
 
@@ -230,5 +230,5 @@ def test_a_missing_file_is_refused(mirror: tuple[Path, str]) -> None:
 
 @pytest.mark.parametrize("source", ["http://127.0.0.1:9", "no url"])
 def test_no_answer_is_one_line(source: str) -> None:
-    with pytest.raises(DecDECError, match=f"{source}/mt_bench/question.jsonl must be there to fetch, got"):
+    with pytest.raises(DecDECError, match=rf"{source}/mt_bench/question.jsonl must be there to fetch, got"):
         fetch(source=source)
