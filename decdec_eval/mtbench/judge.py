@@ -277,7 +277,7 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
     parser.add_argument(
-        "--timeout", type=float, default=180.0, metavar="S", help="seconds without a byte (default 180)"
+        "--timeout", type=float, default=300.0, metavar="S", help="seconds without a byte (default 300)"
     )
     parser.add_argument("--retries", type=int, default=6, metavar="N", help="of one request (default 6)")
     parser.set_defaults(run=_judge, parser=parser)
