@@ -154,9 +154,13 @@ def test_turns_and_categories_are_parts_of_the_whole() -> None:
     assert sum(of(rows, model).missing for model in MODELS) > 0
 
 
-@pytest.mark.parametrize("score", [-1, 0, 0.9, 10.5, 11, math.nan, math.inf])
+@pytest.mark.parametrize("score", [-1, 0, 0.9, 10.5, 11, 10**400, math.nan, math.inf])
 def test_a_score_outside_1_to_10_is_unrated_and_in_no_mean(score: float) -> None:
-    judgments = [Judgment(81, 1, "m", 4.0), Judgment(81, 2, "m", score), Judgment(82, 1, "m", 5.0)]
+    judgments = [
+        Judgment(81, 1, "m", 4.0),
+        Judgment.from_row({**SINGLE, "turn": 2, "score": score}),
+        Judgment(82, 1, "m", 5.0),
+    ]
     row = of(score_rows(judgments, QUESTIONS, ["m"], None, FEW), "m")
     assert (row.rated, row.unrated, row.missing, row.score.mean) == (2, 1, 21, 4.5)
 

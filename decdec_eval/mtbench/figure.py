@@ -21,7 +21,7 @@ _MARKERS = "osD^vPX*<>"  # ten, and seven colours: seventy models before two loo
 _LINES = ("-", "--", "-.", ":")
 _NAMES = {"stem": "STEM"}
 _LEGEND_CHARACTERS = 24
-_TITLE_CHARACTERS = 112
+_TITLE_CHARACTERS = 100
 
 
 def draw(rows: Sequence[ScoreRow], caption: str, path: Path) -> None:
@@ -56,11 +56,14 @@ def radar(rows: Sequence[ScoreRow], caption: str) -> Figure:
             zorder=3,
             label=_label(own),
         )
-    figure.legend(
+    legend = figure.legend(
         loc="center left", bbox_to_anchor=(0.67, 0.45), frameon=False, fontsize=10, title="model: mean of all"
     )
-    title = "\n".join(textwrap.wrap(caption, _TITLE_CHARACTERS))
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    title = figure.suptitle(
+        "\n".join(textwrap.wrap(caption, _TITLE_CHARACTERS)), fontsize=10, x=0.01, ha="left"
+    )
+    for text in (title, *legend.get_texts()):
+        text.set_parse_math(False)  # a $ in a name is a $
     return figure
 
 

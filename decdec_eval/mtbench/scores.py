@@ -43,7 +43,7 @@ class Judgment:
         score = _field(row, "score")
         if not isinstance(score, int | float) or isinstance(score, bool):
             raise DecDECError(f"score must be a number, got {score!r}")
-        return cls(question_id, turn, _name(row, "model"), float(score))
+        return cls(question_id, turn, _name(row, "model"), score)
 
     @property
     def rated(self) -> bool:

@@ -271,7 +271,8 @@ class Shown:
         if any(row.difference for row in self.scores):
             note += (
                 " Differences are over the answers rated for both models, the same draws for both: an "
-                "interval without 0 is a difference that the questions carry."
+                "interval without 0 is a difference that the questions carry, though of twenty intervals "
+                "about one misses the true value."
             )
         return note
 
