@@ -250,6 +250,11 @@ def test_the_same_seed_gives_the_same_numbers_in_any_order_and_company() -> None
     assert of(other, "good").score.low != of(rows, "good").score.low
 
 
+def test_an_estimate_is_the_same_in_any_order_of_questions() -> None:
+    values = [(number, float(number % 7)) for number in range(40)]
+    assert FEW.estimate(values) == FEW.estimate(values[::-1])
+
+
 @pytest.mark.parametrize(("questions", "at_least", "at_most"), [(80, 0.92, 0.97), (10, 0.86, 0.93)])
 def test_intervals_hold_the_true_mean_as_often_as_the_docstring_says(
     questions: int, at_least: float, at_most: float

@@ -401,15 +401,11 @@ MODELS = {
 def radar() -> Any:
     """The figure of three models; the last has no rating in math."""
     judgments = [
-        Judgment(
-            q.question_id,
-            turn,
-            model,
-            -1.0 if (model, q.category) == ("$none$", "math") else level + number % 2,
-        )
+        Judgment(q.question_id, turn, model, level + number % 2 - 0.1 * (number // 2))
         for model, level in MODELS.items()
         for number, q in enumerate(QUESTIONS)
         for turn in (1, 2)
+        if (model, q.category) != ("$none$", "math")
     ]
     rows = score_rows(judgments, QUESTIONS, list(MODELS), None, Bootstrap(100))
     drawn = figure.radar(
@@ -426,8 +422,10 @@ def test_the_radar_has_a_line_for_each_model_through_its_scores(radar: Figure) -
     for line, (model, level) in zip(lines, MODELS.items(), strict=True):
         values = np.asarray(line.get_ydata())
         assert len(values) == 9  # closed
-        gap = [np.nan if model == "$none$" and name == "math" else level + 0.5 for name in CATEGORIES]
-        np.testing.assert_allclose(values, [*gap, gap[0]])
+        wanted = [level + 0.5 - 0.1 * number for number in range(8)]
+        if model == "$none$":
+            wanted[CATEGORIES.index("math")] = np.nan  # a gap
+        np.testing.assert_allclose(values, [*wanted, wanted[0]])
         np.testing.assert_allclose(line.get_xdata(), np.arange(9) % 8 * np.pi / 4)
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 3
 
@@ -435,6 +433,7 @@ def test_the_radar_has_a_line_for_each_model_through_its_scores(radar: Figure) -
 def test_the_radar_names_categories_rings_and_models(radar: Figure) -> None:
     (axes,) = radar.axes
     assert axes.get_ylim() == (0, 10)
+    assert (axes.get_theta_offset(), axes.get_theta_direction()) == (np.pi / 2, -1)  # clockwise from above
     assert list(axes.get_yticks()) == [2, 4, 6, 8, 10]  # the rings
     named = {text.get_text(): text.get_position() for text in axes.texts}
     spokes = ["Writing", "Roleplay", "Reasoning", "Math", "Coding", "Extraction", "STEM", "Humanities"]
@@ -444,10 +443,11 @@ def test_the_radar_names_categories_rings_and_models(radar: Figure) -> None:
     (legend,) = radar.legends
     labels = [text.get_text().replace("\n", " ") for text in legend.get_texts()]
     assert labels == [
-        "full precision: 9.50",
-        "a model with a long name in two lines, awq3-dynamic-k16: 7.00",
-        "$none$: 2.50 (no rating: math)",
+        "full precision: 9.15",
+        "a model with a long name in two lines, awq3-dynamic-k16: 6.65",
+        "$none$: 2.14 (no rating: math)",
     ]
+    assert not any(text.get_parse_math() for text in (*legend.get_texts(), *radar.texts))
 
 
 def test_nothing_in_the_radar_is_cut_off_or_lies_on_another_text(radar: Figure) -> None:
