@@ -1,4 +1,4 @@
-"""python -m decdec_eval.mtbench answer | judge | show | fidelity | fetch: MT-Bench from questions to scores."""
+"""python -m decdec_eval.mtbench answer | judge | show | fidelity | fetch: from questions to scores."""
 
 from __future__ import annotations
 
