@@ -182,17 +182,16 @@ def test_another_kind_of_model_is_refused(folder: Path) -> None:
         answers(lm, ["a"])
 
 
-@pytest.mark.parametrize("penalty", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}])
-def test_a_penalty_does_not_read_the_padding(folder: Path, penalty: dict[str, float]) -> None:
+def test_a_penalty_does_not_read_the_padding(folder: Path) -> None:
     lm = load(folder, 1, selection="none")
     # an end that is the padding, as many models have it, and likely: a padded prompt would be penalized for it
     ending, weight = lm.tokenizer.pad_token_id, lm.model.get_output_embeddings().weight
     likely = lm.model(lm.tok_batch_encode(prompts()[1:2])[0]).logits[0, -1].argmax()
     lm.model.generation_config.eos_token_id = ending
     weight[ending] = weight[likely] * 1.01
-    alone = answers(lm, prompts(), tokens=16, **penalty)
+    alone = answers(lm, prompts(), tokens=16, repetition_penalty=1.5)
     lm.batch_size_per_gpu = 7
-    assert answers(lm, prompts(), tokens=16, **penalty) == alone
+    assert answers(lm, prompts(), tokens=16, repetition_penalty=1.5) == alone
     assert alone != answers(lm, prompts(), tokens=16)
 
 
