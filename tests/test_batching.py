@@ -184,7 +184,7 @@ def test_another_kind_of_model_is_refused(folder: Path) -> None:
 
 def test_a_penalty_does_not_read_the_padding(folder: Path) -> None:
     lm = load(folder, 1, selection="none")
-    # an end that is the padding, as many models have it, and likely: a padded prompt would be penalized for it
+    # an end that is the padding, as many models have it, and likely: the padding would make it less so
     ending, weight = lm.tokenizer.pad_token_id, lm.model.get_output_embeddings().weight
     likely = lm.model(lm.tok_batch_encode(prompts()[1:2])[0]).logits[0, -1].argmax()
     lm.model.generation_config.eos_token_id = ending
