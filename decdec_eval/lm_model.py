@@ -14,7 +14,9 @@ from typing import Any, Self
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import simple_parse_args_string
+from transformers import StoppingCriteriaList
 
 from decdec_core.artifact import is_artifact
 from decdec_core.budget import compensation_of, described, find_budget, profiles_of, require_timed
@@ -32,6 +34,7 @@ from decdec_core.model import compensation_ledger, set_compensation
 from decdec_core.profiles import Profile
 from decdec_core.provenance import environment
 from decdec_core.sources import materialize
+from decdec_eval import batching
 from decdec_eval.perplexity import window_nll
 
 FULL = "full"  # method=full: the unquantized model itself, through the same code path
@@ -82,6 +85,9 @@ class DecDECLM(HFLM):
         profiles = _profiles(budget, chosen)
         if profiles and "method" in recipe:
             require_timed(*_quants(recipe))
+        self.prompts_cut = 0
+        self._longest: tuple[int, int] | None = None  # tokens of prompt and answer, while generating
+        self._fitting: int | None = None  # rows, once more of them did not fit in the GPU's memory
         device = _usable(str(device))
         folder = _resolve(pretrained, recipe, arguments)
         self.budget = None
@@ -157,14 +163,122 @@ class DecDECLM(HFLM):
         )
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        if self._longest is not None:  # HFLM would score texts of the model's longest length
+            return batching.rows_that_fit(self.model, *self._longest, self.max_batch_size)
         # HFLM halves from max_batch_size until a pass fits; host memory swaps or kills instead of refusing
         return 1 if self.device.type == "cpu" else super()._detect_batch_size(requests, pos)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return the answers. In greedy decoding and float32 they do not depend on the batch, but for
+        rounding: a choice between all but equal tokens, or channels, may fall otherwise.
+
+        A max_gen_toks that leaves no room for a prompt raises DecDECError.
+        """
+        if self.backend != "causal":
+            raise DecDECError(f"generation must be of a causal model, got {self.backend}")
+        new = max(
+            (normalize_gen_kwargs(r.args[1], self.max_gen_toks)["max_gen_toks"] for r in requests), default=0
+        )
+        if new >= self.max_length:
+            raise DecDECError(
+                f"max_gen_toks must be less than the model's max_length {self.max_length}, got {new}"
+            )
+        longest = max((r.args[0] for r in requests), key=len, default="")
+        self._longest = (min(len(self.tok_encode(longest)), self.max_length - new), new)
+        try:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._longest = None
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids and mask, each text encoded as it would be alone: HFLM lets the first one's
+        beginning decide whether any of them gets a BOS."""
+        alone = [super(DecDECLM, self).tok_batch_encode([s], truncation=truncation)[0][0] for s in strings]
+        if left_truncate_len:
+            self.prompts_cut += sum(len(ids) > left_truncate_len for ids in alone)
+            alone = [ids[-left_truncate_len:] for ids in alone]
+        masks = [torch.ones_like(ids) for ids in alone]
+        return batching.padded(alone, self.tokenizer.pad_token_id, padding_side), batching.padded(
+            masks, 0, padding_side
+        )
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any
+    ) -> torch.Tensor:
+        """Return the prompts (rows, tokens) with their answers behind, both padded."""
+        mask, prompt = settings.pop("attention_mask"), context.shape[1]
+        groups = [list(range(len(context)))]
+        if batching.padding_changes_answers(self.model, settings, prompt, max_length - prompt):
+            groups = batching.of_equal_length(mask)
+        new: dict[int, torch.Tensor] = {}
+        for group in groups:
+            # the padding that all of them have is left out
+            first = int(prompt - mask[group].sum(1).max())
+            ids, there = context[group, first:], mask[group, first:]
+            answers = self._generate_rows(ids, there, max_length - prompt, stop, settings)
+            new.update(zip(group, answers, strict=True))
+        rows = [new[row] for row in range(len(context))]
+        return torch.cat([context, batching.padded(rows, self.tokenizer.pad_token_id, "right")], dim=1)
+
+    def _generate_rows(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        new_tokens: int,
+        stop: list[str],
+        settings: dict[str, Any],
+    ) -> list[torch.Tensor]:
+        """Return the rows' answers; where batch_size is auto and they do not fit, of fewer at a time."""
+        at_once = min(len(ids), self._fitting or len(ids))
+        answers: list[torch.Tensor] = []
+        while len(answers) < len(ids):
+            part = slice(len(answers), len(answers) + at_once)
+            try:
+                answers += self._generate(ids[part], mask[part], new_tokens, stop, settings)
+            except torch.OutOfMemoryError:
+                if self.batch_size != "auto" or at_once == 1:
+                    raise
+                at_once = self._fitting = (at_once + 1) // 2
+            if self._fitting:  # what the failed pass held is free only here, where its exception is gone
+                torch.cuda.empty_cache()
+        return answers
+
+    def _generate(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        new_tokens: int,
+        stop: list[str],
+        settings: dict[str, Any],
+    ) -> list[torch.Tensor]:
+        prompt, dtype = ids.shape[1], self.mixed_precision_dtype
+        if not settings["do_sample"]:  # transformers warns of a temperature that it does not use
+            settings = {name: value for name, value in settings.items() if name != "temperature"}
+        stops = batching.StopTexts(self.tokenizer, stop, prompt)
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            whole = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_length=prompt + new_tokens,
+                stopping_criteria=StoppingCriteriaList([stops]),
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+                **settings,
+            )
+        return list(whole[:, prompt:])
 
     def get_model_info(self) -> dict[str, Any]:
         """Return HFLM's information and under `decdec` what this result was measured with."""
         ledger = compensation_ledger(self.model) if self._quantized else {"method": FULL, "selection": "none"}
         budget = {} if self.budget is None else {"budget": self.budget.ledger()}
-        stated = {**ledger, **budget, "bos": self._bos_policy(), **environment(self.device, "lm_eval")}
+        stated = {**ledger, **budget, "bos": self._bos_policy(), "prompts_cut": self.prompts_cut}
+        stated |= environment(self.device, "lm_eval")
         return {**super().get_model_info(), "decdec": stated}
 
     def _bos_policy(self) -> dict[str, Any]:
