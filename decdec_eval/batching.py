@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from decdec_core.architectures import SUPPORTED
 
 _BY_LENGTH = ("dynamic", "longrope")  # rotations that the longest sequence of a batch sets for all of it
 # settings of generate that read a prompt's tokens or its padded length, and their values that read nothing
@@ -19,12 +27,82 @@ _READ_THE_PROMPT = {
     "encoder_no_repeat_ngram_size": 0,
     "min_length": 0,
 }
+_STEPS = 32  # tokens after which the sequences that have ended leave their batch
+# settings of generate that mean the same after some steps as before the first
+_OF_A_STEP = {
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "renormalize_logits"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache"),
+    *("output_attentions", "output_hidden_states", "transformers_version", "_from_model_config"),
+}
 _ON_CPU = 8  # rows: most of what reading the weights once for all of them saves
 _SHARE = 0.8  # of the free memory: the rest is for what the estimate leaves out
 
 
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    mask: Tensor,
+    new_tokens: int,
+    stops: Sequence[str],
+    settings: Mapping[str, Any],
+) -> list[Tensor]:
+    """Return the new tokens of each of the prompts (rows, tokens), at most new_tokens, padding behind some.
+
+    By transformers' generate with `settings`. Every 32 tokens the sequences that have ended leave the batch,
+    where generation can be interrupted: else all of them go on until the last has ended.
+    """
+    prompt, longest = ids.shape[1], ids.shape[1] + new_tokens
+    steps = _STEPS if _may_be_interrupted(model, settings) else new_tokens
+    answers: dict[int, Tensor] = {}
+    rows = list(range(len(ids)))  # which of them the batch still holds
+    cached: dict[str, Any] = {}
+    while rows:
+        texts = StopTexts(tokenizer, stops, prompt)
+        done: Any = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_length=min(longest, ids.shape[1] + steps),
+            stopping_criteria=StoppingCriteriaList([texts]),
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+            return_dict_in_generate=True,
+            **cached,
+            **settings,
+        )
+        ids = done.sequences
+        new = ids[:, prompt:]
+        ended = texts.ended | _holds(new, settings.get("eos_token_id", model.generation_config.eos_token_id))
+        if ids.shape[1] >= longest:
+            ended = torch.ones_like(ended)
+        kept = (~ended).nonzero()[:, 0]
+        answers |= {rows[i]: new[i] for i in ended.nonzero()[:, 0].tolist()}
+        rows = [rows[i] for i in kept.tolist()]
+        mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
+        cached = {"past_key_values": done.past_key_values}
+        if 0 < len(rows) < len(ids):
+            done.past_key_values.batch_select_indices(kept)
+            ids, mask = ids[kept], mask[kept]
+    return [answers[row] for row in range(len(answers))]
+
+
+def _may_be_interrupted(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
+    """Return whether generation that goes on from its cache is generation that was never interrupted."""
+    own = model.generation_config.to_diff_dict()
+    return model.config.model_type in SUPPORTED and _OF_A_STEP.issuperset([*settings, *own])
+
+
+def _holds(ids: Tensor, ends: int | Sequence[int] | None) -> Tensor:
+    """Return, per row of ids (rows, tokens), whether one of `ends` is in it: (rows,) bool."""
+    some = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return torch.isin(ids, torch.tensor(some, dtype=ids.dtype, device=ids.device)).any(1)
+
+
 class StopTexts(StoppingCriteria):
     """Ends each sequence by itself, as soon as its new text holds one of `stops`.
+
+    `ended`: which have, of those of the last call: (rows,) bool.
 
     lm-eval's own ends a batch when every sequence has met the same stop: one of them that met another, or
     none, keeps all of them at work until max_gen_toks.
@@ -35,13 +113,15 @@ class StopTexts(StoppingCriteria):
         self._stops = [stop for stop in stops if stop]
         # a token is a byte at least; two more, because a text's first token may be decoded otherwise
         self._recent = 2 + max((len(stop.encode()) for stop in self._stops), default=0)
+        self.ended = torch.zeros(1, dtype=torch.bool)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_others: Any) -> Tensor:
-        """Return, per sequence, whether it has ended: (rows,) bool."""
+        """Return, per sequence, whether it has ended, now or before: (rows,) bool."""
         new = input_ids[:, self._prompt_tokens :][:, -self._recent :]
         texts = self._tokenizer.batch_decode(new)
-        ended = [any(stop in text for stop in self._stops) for text in texts]
-        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
+        now = [any(stop in text for stop in self._stops) for text in texts]
+        self.ended = self.ended.to(input_ids.device) | torch.tensor(now, device=input_ids.device)
+        return self.ended
 
 
 def padding_changes_answers(

@@ -16,7 +16,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import simple_parse_args_string
-from transformers import StoppingCriteriaList
 
 from decdec_core.artifact import is_artifact
 from decdec_core.budget import compensation_of, described, find_budget, profiles_of, require_timed
@@ -257,21 +256,11 @@ class DecDECLM(HFLM):
         stop: list[str],
         settings: dict[str, Any],
     ) -> list[torch.Tensor]:
-        prompt, dtype = ids.shape[1], self.mixed_precision_dtype
+        dtype = self.mixed_precision_dtype
         if not settings["do_sample"]:  # transformers warns of a temperature that it does not use
             settings = {name: value for name, value in settings.items() if name != "temperature"}
-        stops = batching.StopTexts(self.tokenizer, stop, prompt)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            whole = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_length=prompt + new_tokens,
-                stopping_criteria=StoppingCriteriaList([stops]),
-                pad_token_id=self.tokenizer.pad_token_id,
-                use_cache=True,
-                **settings,
-            )
-        return list(whole[:, prompt:])
+            return batching.generate(self.model, self.tokenizer, ids, mask, new_tokens, stop, settings)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return HFLM's information and under `decdec` what this result was measured with."""

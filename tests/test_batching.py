@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -128,6 +129,50 @@ def test_a_stop_ends_its_own_sequence(folder: Path, monkeypatch: pytest.MonkeyPa
     wanted = [min((text.split(stop)[0] for stop in stops), key=len) for text in (one, other)]
     assert got == wanted
     assert len(steps) == max(map(len, wanted)) + 1 < 24
+
+
+def rows_of_passes(lm: DecDECLM) -> list[int]:
+    """Return a list to which every further pass of the model adds how many sequences it has."""
+    rows: list[int] = []
+    lm.model.base_model.register_forward_pre_hook(
+        lambda _module, _args, given: rows.append(given["input_ids"].shape[0]), with_kwargs=True
+    )
+    return rows
+
+
+def test_what_has_ended_leaves_the_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "_STEPS", 6)
+    lm = load(folder, 1, selection="exact")
+    texts, tokens = prompts(), 45
+    free = answers(lm, texts, tokens)
+    # an end token for one of them, a text for another, and both wherever else they turn up
+    lm.model.generation_config.eos_token_id = [258, lm.tokenizer(free[3][9]).input_ids[0]]
+    until = [free[0][20]]
+    alone = answers(lm, texts, tokens, until=until)
+    assert len({len(text) for text in alone}) > 2
+    rows = rows_of_passes(lm)
+    lm.batch_size_per_gpu = 7
+    assert answers(lm, texts, tokens, until=until) == alone
+    assert rows[0] == 7
+    assert sorted(rows, reverse=True) == rows
+    # a sequence of n tokens takes as many passes, its stop's included, and those up to the next look
+    passes = [min(tokens, 6 * math.ceil((len(text) + (len(text) < tokens)) / 6)) for text in alone]
+    assert sum(rows) == sum(passes)
+
+
+@pytest.mark.parametrize("where", ["settings", "generation_config"])
+def test_what_cannot_be_interrupted_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.setattr(batching, "_STEPS", 6)
+    lm = load(folder, 7, selection="exact")
+    texts, settings = prompts(), {"min_new_tokens": 2} if where == "settings" else {}
+    free = answers(lm, texts, 20)
+    if where == "generation_config":
+        lm.model.generation_config.min_new_tokens = 2
+    stop = free[0][8]
+    rows = rows_of_passes(lm)
+    assert answers(lm, texts, 20, until=[stop], **settings) == [text.partition(stop)[0] for text in free]
+    assert rows == [7] * len(rows)
+    assert any(stop not in text for text in free)
 
 
 def test_stops_of_several_tokens() -> None:
