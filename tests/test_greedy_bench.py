@@ -60,6 +60,34 @@ def test_where_they_part_is_told(
     assert f"| one | 3 of 10 | {row['margin']:.4f} |" in greedy_bench.table([row])
 
 
+def test_half_precision_is_compared_with_float32(
+    tiny_artifact_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compensation, prompts = Compensation("dynamic", 128, "decode"), ["one", "another"]
+    generated = greedy_bench._generated
+    seen: dict[str, list[list[int]]] = {}
+
+    def keep(model: Any, *arguments: Any) -> Any:
+        done = generated(model, *arguments)
+        seen.setdefault(str(model.dtype), []).append(done[0])
+        return done
+
+    monkeypatch.setattr(greedy_bench, "_generated", keep)
+    rows = greedy_rows(tiny_artifact_dir, "cpu", torch.bfloat16, compensation, 20, prompts)
+    assert list(map(len, seen.values())) == [2, 2]
+    for row, half, full in zip(rows, seen["torch.bfloat16"], seen["torch.float32"], strict=True):
+        shared = row["generate_equal_float32"]
+        assert half[:shared] == full[:shared]
+        assert shared == len(full) or half[shared] != full[shared]
+        # ours has the token of generate up to where they part
+        least = min(row["equal"], shared)
+        assert row["equal_float32"] >= least
+        assert row["equal"] == shared or row["equal_float32"] == least
+    table = greedy_bench.table(rows).splitlines()
+    assert table[0].count("float32") == 2
+    assert table[2].endswith(f"| {rows[0]['equal_float32']} | {rows[0]['generate_equal_float32']} |")
+
+
 def test_the_command(tiny_artifact_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "greedy.json"
     options = ["--device", "cpu", "--tokens", "5", "--k-chunk", "64", "--json", str(out)]
