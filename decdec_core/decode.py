@@ -143,7 +143,7 @@ class Decoder:
                 f"prompt must be 1..{self.max_length - max_new_tokens} tokens for {max_new_tokens} more in a "
                 f"cache of {self.max_length}, got {prompt.shape[1]}"
             )
-        ends = _ends(_stop_tokens(self.model) if stop is None else stop)
+        ends = _ends(stop_tokens(self.model) if stop is None else stop)
         if self.device.type == "cuda":
             self._capture()
         else:
@@ -304,6 +304,7 @@ def _mark() -> torch.cuda.Event:
     return event
 
 
-def _stop_tokens(model: nn.Module) -> list[int]:
+def stop_tokens(model: nn.Module) -> list[int]:
+    """Return the tokens that end a sequence, of the model's generation_config."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]

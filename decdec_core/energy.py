@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from decdec_core.architectures import kind_of
+from decdec_core.calibration import FIRST_TOKENS
 from decdec_core.channels import make_selection
 from decdec_core.config import CHUNK, PROJECTION_KINDS, Compensation, DecDECError
 from decdec_core.linear import DecLinear
@@ -18,7 +20,34 @@ from decdec_core.prefill import masked
 from decdec_core.residuals import dequantize_residual
 
 GRID = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-_SKIPPED = 4  # tokens at the beginning of a sequence, whose activations are unlike all others'
+
+
+@contextmanager
+def watching_uncompensated(model: Any, see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Within the block `model` compensates nothing, and see(name, x, y) gets of every call of each layer the
+    input (..., in) as it sees it and the output (..., out). What it compensated before comes back after."""
+
+    def hook_of(name: str) -> Callable[..., None]:
+        return lambda layer, inputs, output: see(name, layer.seen(inputs[0]), output)
+
+    before = state_of(model).compensation
+    set_compensation(model, Compensation("none"))
+    hooks = [layer.register_forward_hook(hook_of(name)) for name, layer in dec_layers(model).items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        set_compensation(model, before)
+
+
+def energy_left(error: Tensor, x: Tensor, residual: Tensor, chosen: Tensor) -> Tensor:
+    """Return each token's squared error (tokens,) once the channels `chosen` for it are compensated.
+
+    error: (tokens, out) float32, without compensation. x: (tokens, in). residual: (out, in) float32. chosen:
+    (tokens, K) int32, or (1, K) for the same channels in every token.
+    """
+    return (error - masked(x, chosen).float() @ residual.T).square().sum(1)
 
 
 @torch.no_grad()
@@ -33,33 +62,24 @@ def error_energy(
     with uncompensated inputs at each k_chunk of `grid`, linear between, never falling. Raises DecDECError for
     sequences that leave no token.
     """
-    if ids.dim() != 2 or ids.shape[1] <= _SKIPPED:
-        raise DecDECError(f"ids must be (sequences, more than {_SKIPPED} tokens), got {tuple(ids.shape)}")
+    if ids.dim() != 2 or ids.shape[1] <= FIRST_TOKENS:
+        raise DecDECError(f"ids must be (sequences, more than {FIRST_TOKENS} tokens), got {tuple(ids.shape)}")
     known = sorted({0, *grid, CHUNK})
     layers = dec_layers(model)
     removed = {name: np.zeros(len(known)) for name in layers}
     whole = dict.fromkeys(layers, 0.0)
-    before = state_of(model).compensation
-    set_compensation(model, Compensation("none"))
 
-    def look(name: str) -> Any:
-        def hook(layer: DecLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = layer.seen(inputs[0])[:, _SKIPPED:].reshape(-1, layer.in_features)
-            y = output[:, _SKIPPED:].reshape(-1, layer.out_features).float()
-            energies = _energies(layer, x, y, selection, known)
-            removed[name] += energies[0]
-            whole[name] += energies[1]
+    def see(name: str, x: Tensor, y: Tensor) -> None:
+        layer = layers[name]
+        x = x[:, FIRST_TOKENS:].reshape(-1, layer.in_features)
+        y = y[:, FIRST_TOKENS:].reshape(-1, layer.out_features).float()
+        energies = _energies(layer, x, y, selection, known)
+        removed[name] += energies[0]
+        whole[name] += energies[1]
 
-        return hook
-
-    hooks = [layer.register_forward_hook(look(name)) for name, layer in layers.items()]
-    try:
+    with watching_uncompensated(model, see):
         for sequence in ids:
             model(sequence[None].to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        set_compensation(model, before)
     found = {kind: np.zeros(len(known)) for kind in PROJECTION_KINDS}
     for name, sums in removed.items():
         found[kind_of(name)] += sums / whole[name]
@@ -79,6 +99,6 @@ def _energies(
     energy, removed = float(error.square().sum()), []
     for k_chunk in grid:
         how = make_selection(selection, k_chunk, layer.statistics)
-        rest = error if how is None else error - masked(x, how(x.contiguous())).float() @ residual.T
-        removed.append(energy - float(rest.square().sum()))
+        rest = None if how is None else energy_left(error, x, residual, how(x.contiguous()))
+        removed.append(0.0 if rest is None else energy - float(rest.sum()))
     return np.array(removed), float((y + error).square().sum())

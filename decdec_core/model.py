@@ -114,6 +114,11 @@ def state_of(model: nn.Module) -> ModelState:
     return state
 
 
+def layer_seed(seed: int, name: str) -> int:
+    """Return the seed of a layer's random selection: the model's, made another for each layer."""
+    return zlib.crc32(f"{seed}:{name}".encode()) & 0x7FFFFFFF
+
+
 def set_compensation(model: nn.Module, compensation: Compensation) -> None:
     """Switch what `model` compensates, in place; takes no time."""
     state = state_of(model)
@@ -123,7 +128,7 @@ def set_compensation(model: nn.Module, compensation: Compensation) -> None:
             compensation.selection,
             compensation.k_chunk_of(kind_of(name)),
             layer.statistics,
-            zlib.crc32(f"{compensation.seed}:{name}".encode()) & 0x7FFFFFFF,
+            layer_seed(compensation.seed, name),
         )
         layer.n_tb = compensation.n_tb
     state.compensation = compensation
