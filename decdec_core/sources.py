@@ -112,7 +112,7 @@ def fingerprint(source: str) -> dict[str, Any]:
     return {"folder": str(folder.resolve()), "files": files}
 
 
-def files_ledger(folder: Path) -> dict[str, Any]:
+def model_files(folder: Path) -> dict[str, Any]:
     """Return what tells an unquantized model from others, on any machine: the hash of its config.json and the
     sizes of its weights. A hub id stands for itself."""
     if not folder.is_dir():

@@ -147,9 +147,9 @@ class ChannelErrors:
 
 
 def recall(chosen: Tensor, exact: Tensor, in_features: int) -> Tensor:
-    """Return, per token, which share of its channels `exact` (tokens, K) is among `chosen`: (tokens,) float32.
+    """Return, per token, the share of exact's channels that is among the chosen: (tokens,) float32.
 
-    chosen: (tokens, K), or (1, K) for the same channels in every token.
+    exact: (tokens, K). chosen: (tokens, K), or (1, K) for the same channels in every token.
     """
     wanted = torch.zeros((exact.shape[0], in_features), dtype=torch.bool, device=exact.device)
     wanted.scatter_(1, exact.long(), True)
@@ -158,9 +158,7 @@ def recall(chosen: Tensor, exact: Tensor, in_features: int) -> Tensor:
 
 def _by_stretch(values: Tensor) -> Floats:
     """Return the sums of (sequences, tokens) over stretches of a sequence, one after another."""
-    return (
-        torch.cat([part.sum(1, keepdim=True) for part in values.split(STRETCH, dim=1)], 1).flatten().numpy()
-    )
+    return torch.stack([part.sum(1) for part in values.split(STRETCH, dim=1)], 1).flatten().numpy()
 
 
 def _shares(name: str, sums: Mapping[str | Key, Sequence[Floats]]) -> dict[Key, Share]:
@@ -211,7 +209,7 @@ def _over_layers(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _over_tokens(layers: Sequence[Share]) -> float | None:
-    """Return the standard error of the mean of the layers' shares over stretches of tokens, to first order."""
+    """Return the standard error, over stretches of tokens and to first order, of the mean of the shares."""
     stretches = len(layers[0].below)
     if stretches < 2:
         return None

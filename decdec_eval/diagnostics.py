@@ -1,7 +1,7 @@
 """python -m decdec_eval.diagnostics ARTIFACT: why compensation does what it does, layer by layer.
 
-Of random, static and dynamic selection, how many of exact's channels each finds (recall), and of all four how
-much of a layer's squared output error they leave, by projection kind and k_chunk; of one layer, which channels
+By projection kind and k_chunk: how many of exact's channels random, static and dynamic selection find
+(recall), and how much of a layer's squared output error each selection leaves. Of one layer: which channels
 are outliers at each of many decoding steps. One JSON file in OUT/runs, named by what determines it; what is
 there already is not measured again.
 """
@@ -31,7 +31,7 @@ from decdec_core.files import write_json
 from decdec_core.manifest import read_manifest
 from decdec_core.model import compensation_ledger, set_compensation
 from decdec_core.provenance import environment, versions
-from decdec_core.sources import files_ledger, load_tokenizer, model_folder
+from decdec_core.sources import load_tokenizer, model_files, model_folder
 from decdec_core.texts import available_text, load_text
 from decdec_eval.channel_errors import SELECTIONS, ChannelErrors, by_kind, by_layer, require_k_chunks
 from decdec_eval.originals import Originals
@@ -44,7 +44,10 @@ _TEMPERATURE = 0.7  # of the decoding steps: greedy, a small model repeats itsel
 
 
 class Diagnostics:
-    """What is measured of one artifact, and its file. Refused options raise DecDECError before it is loaded."""
+    """What is measured of one artifact, and its file. Refused options raise DecDECError before it is loaded.
+
+    configuration: all that determines the result. path: of its file.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.folder, self.options = Path(options.artifact), options
@@ -62,10 +65,11 @@ class Diagnostics:
         require_int("steps", options.steps, 1, max(1, config.max_position_embeddings - options.prompt))
         self.source = model_folder(options.model) if options.model else None
         self.configuration = {
-            "model": self.quantization.provenance.get("source"),
+            "model": name_of(self.quantization),
             "base": base_of(self.quantization),
             "artifact_hash": manifest.hash,
-            "model_files": None if self.source is None else files_ledger(self.source),
+            "model_files": None,
+            "reference": None if self.source is None else model_files(self.source),
             "compensation": None,
             "budget": None,
             "dtype": "float32",
@@ -87,7 +91,7 @@ class Diagnostics:
                 "inputs": "of the model without compensation",
                 "outliers": {"layer": self.layer, "prompt": options.prompt, "steps": options.steps},
             },
-            "versions": versions(),
+            "versions": {name: value for name, value in versions().items() if name != "python"},
         }
         self.path = options.out / "runs" / f"{key_of(self.configuration)}.json"
 
@@ -110,12 +114,16 @@ class Diagnostics:
         outliers, tokens = outlier_map(model, self.layer, prompt, options.steps, sampling, most)
         generated = errors.shares(torch.tensor([[*prompt, *tokens]]), len(prompt))
         set_compensation(model, Compensation("none", seed=options.seed))
+        quantization = json.loads((self.folder / "config.json").read_bytes())["quantization_config"]
+        quantization["provenance"]["source"] = self.configuration[
+            "model"
+        ]  # which may have been a folder here
         return {
             "format_version": 1,
             "configuration": self.configuration,
-            "quantization": json.loads((self.folder / "config.json").read_text())["quantization_config"],
+            "quantization": quantization,
             "ledger": compensation_ledger(model),
-            "disk_bytes": sum(file.stat().st_size for file in self.folder.iterdir()),
+            "disk_bytes": sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file()),
             "metrics": {},
             "items": {"unit": "layer", "ids": list(shares), "weights": None, "values": by_layer(shares)},
             "layers": by_kind(shares),
@@ -133,13 +141,20 @@ def key_of(configuration: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def name_of(quantization: Quantization) -> str:
+    """Return the name of the model that an artifact was built from: of a folder its last part."""
+    source = str(quantization.provenance.get("source"))
+    return source if source.count("/") == 1 and not source.startswith((".", "/", "~")) else Path(source).name
+
+
 def base_of(quantization: Quantization) -> dict[str, Any]:
-    """Return how an artifact was quantized; calibration: the text's name, None where it is not known."""
-    calibration = quantization.provenance.get("calibration") or {}
+    """Return how an artifact was quantized, as a sweep says it: calibration on WikiText-2 is "auto"."""
+    text = str((quantization.provenance.get("calibration") or {}).get("text", "auto"))
+    known = {"wikitext-2": "auto", "pydoc": "pydoc"}
     return {
         "weight": quantization.weight.to_dict(),
         "residual": quantization.residual.to_dict(),
-        "calibration": calibration.get("text"),
+        "calibration": next((name for start, name in known.items() if text.startswith(start)), text),
     }
 
 
@@ -161,7 +176,7 @@ def evenly(token_ids: Sequence[int], tokens: int) -> torch.Tensor:
 
 
 def table(run: dict[str, Any]) -> str:
-    """Return the Markdown table of a result, a row for each projection kind and k_chunk, and what it is of."""
+    """Return the Markdown table of a result, a row for each projection kind and k_chunk, with its caption."""
     task, layers = run["configuration"]["task"], run["layers"]
     head = ["layers", "k_chunk", *(f"recall, {kind}" for kind in SELECTIONS[:-1])]
     head += [*(f"energy left, {kind}" for kind in SELECTIONS), "all channels"]
@@ -182,9 +197,10 @@ def caption(run: dict[str, Any]) -> str:
     return (
         f"{configuration['model']}, {weight['method'].upper()} {weight['bits']}-bit, {residual['bits']}-bit "
         f"residual; {task['tokens']} tokens of {task['data']}, the first {task['skipped_tokens']} of each "
-        f"{task['length']} left out; inputs {task['inputs']}. Means over layers ± standard error over layers. "
-        f"Recall: share of the channels of exact selection. Energy left: squared output error as a share of "
-        f"that without compensation, relative to the {task['relative_to']}. {run['environment']['hardware']}."
+        f"{task['length']} left out; inputs {task['inputs']}. Means over layers ± standard error over "
+        f"layers. Recall: share of the channels of exact selection. Energy left: squared output error as a "
+        f"share of that without compensation, relative to the {task['relative_to']}; none leaves 1. "
+        f"{run['environment']['hardware']}."
     )
 
 
@@ -192,8 +208,8 @@ def outliers_text(outliers: dict[str, Any]) -> str:
     """Return what the map of outliers comes to, in a sentence."""
     count = len(outliers["top"][0])
     return (
-        f"{outliers['layer']}, {outliers['steps']} decoding steps: {100 * outliers['persistent_share']:.1f} % "
-        f"of a step's {count} largest of {outliers['in_features']} channels are among calibration's {count} "
+        f"{outliers['layer']}, {outliers['steps']} decoding steps: {outliers['persistent_share']:.1%} of a "
+        f"step's {count} largest of {outliers['in_features']} channels are among calibration's {count} "
         f"largest; all steps together have {outliers['distinct']} different ones."
     )
 

@@ -28,7 +28,8 @@ _FOLD_NOTHING = ("rtn", "squeezellm")  # methods that leave the scales as they a
 class Originals:
     """The weights that the layers of `model`, which was loaded from an artifact, approximate.
 
-    folder: the full-precision model's (sources.model_folder). Weights are read when they are asked for, and not kept.
+    folder: the full-precision model's (sources.model_folder). Weights are read when they are asked for, and
+    not kept.
     """
 
     def __init__(self, folder: Path, model: Any) -> None:

@@ -23,8 +23,9 @@ from transformers import GenerationConfig
 from decdec_core.artifact import is_artifact
 from decdec_core.budget import described
 from decdec_core.config import DecDECError
+from decdec_core.manifest import sha256_of_file
 from decdec_core.model import compensation_ledger, set_compensation
-from decdec_core.sources import files_ledger, load_tokenizer, model_folder
+from decdec_core.sources import load_tokenizer, model_folder
 from decdec_eval.lm_model import FULL, DecDECLM
 from decdec_eval.mtbench.conversation import ChatFormat, chat_format
 
@@ -146,15 +147,20 @@ def chat_format_of(model_path: str) -> ChatFormat:
 def _ledger(lm: DecDECLM) -> dict[str, Any]:
     """Return what was loaded: artifact, compensation and budget, or the files of an unquantized model."""
     if not hasattr(lm.model, "decdec"):
-        return {
-            "method": FULL,
-            "selection": "none",
-            "model": files_ledger(Path(lm.model.config.name_or_path)),
-        }
+        return {"method": FULL, "selection": "none", "model": _files(Path(lm.model.config.name_or_path))}
     if lm.compensation.compensate == "auto":
         set_compensation(lm.model, dataclasses.replace(lm.compensation, compensate="decode"))
     budget = {} if lm.budget is None else {"budget": lm.budget.ledger()}
     return {**compensation_ledger(lm.model), **budget}
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    """Return what tells an unquantized model from others, on any machine: the hash of its config.json and the
+    sizes of its weights. A hub id stands for itself."""
+    if not folder.is_dir():
+        return {"hub": str(folder)}
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+    return {"config_sha256": sha256_of_file(folder / "config.json"), "weights": sizes}
 
 
 def _register() -> None:
