@@ -23,14 +23,9 @@ one_thread = pytest.fixture(single_threaded, autouse=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_chat(tmp_path_factory.mktemp("plain") / "chat")
-
-
-@pytest.fixture(scope="module")
-def artifact(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(chat_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # a name by which FastChat opens a plain Mistral, with Mistral's template
-    return build_chat(model_dir, tmp_path_factory.mktemp("artifacts") / "mistral-rtn3")
+    return build_chat(chat_model_dir, tmp_path_factory.mktemp("artifacts") / "mistral-rtn3")
 
 
 def tokenizer_with(template: str | None, adds_bos: bool = False) -> Any:
@@ -170,8 +165,8 @@ def test_fastchat_generates_what_answer_says(compensate: str, artifact: Path) ->
     assert last["text"].strip() == opened.chat.answer(tokens)
 
 
-def test_an_unquantized_model_opens_alike(model_dir: Path) -> None:
-    opened = open_model(f"pretrained={model_dir},method=full,dtype=bfloat16", "cpu")
+def test_an_unquantized_model_opens_alike(chat_model_dir: Path) -> None:
+    opened = open_model(f"pretrained={chat_model_dir},method=full,dtype=bfloat16", "cpu")
     assert opened.model.dtype == torch.bfloat16
     assert not hasattr(opened.model, "decdec")
     assert opened.ledger["method"] == "full"

@@ -8,7 +8,6 @@ that was left alone.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import re
@@ -16,13 +15,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from decdec_core.config import DecDECError, require_int
 from decdec_core.decode import Decoder, Sampling
+from decdec_core.files import lock
 from decdec_core.fusing import fuse
 from decdec_core.provenance import environment
 from decdec_eval.mtbench.adapter import Opened, arguments_of, open_model
@@ -166,7 +166,7 @@ class AnswerFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
         try:
-            _lock(self._file, path)
+            lock(self._file, path)
             rows, length = read_answers(path)
             for row in rows:
                 _require_same(path, self.configuration, row.get("decdec", {}).get("configuration"))
@@ -210,13 +210,6 @@ def read_answers(path: Path) -> tuple[list[dict[str, Any]], int]:
             raise DecDECError(f"{path}: line {number} must be an answer in JSON, got {line[:40]!r}") from None
         rows.append(row)
     return rows, length
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DecDECError(f"{path} must be written by one run at a time, got a second") from None
 
 
 def _require_same(path: Path, wanted: dict[str, Any], got: Any) -> None:
