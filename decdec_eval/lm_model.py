@@ -171,7 +171,7 @@ class DecDECLM(HFLM):
         """Return the answers. In greedy decoding and float32 they do not depend on the batch, but for
         rounding: a choice between all but equal tokens, or channels, may fall otherwise.
 
-        A max_gen_toks that leaves no room for a prompt raises DecDECError.
+        A max_gen_toks that leaves no room for a prompt, and several beams, raise DecDECError.
         """
         if self.backend != "causal":
             raise DecDECError(f"generation must be of a causal model, got {self.backend}")
@@ -182,6 +182,7 @@ class DecDECLM(HFLM):
             raise DecDECError(
                 f"max_gen_toks must be less than the model's max_length {self.max_length}, got {new}"
             )
+        batching.refuse_beams(self.model, [r.args[1] for r in requests])
         longest = max((r.args[0] for r in requests), key=len, default="")
         self._longest = (min(len(self.tok_encode(longest)), self.max_length - new), new)
         try:

@@ -120,6 +120,38 @@ def test_an_answer_ends_before_a_stop_text() -> None:
     assert chat.stopped(said)
 
 
+def test_a_stop_text_that_is_a_token_ends_an_answer() -> None:
+    tokenizer = tokenizer_with(None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    chat = chat_format(tokenizer, None, "Open-Orca/orca-2")
+    assert chat.conversation is not None
+    assert chat.conversation.stop_str == "<|im_end|>"
+    (end,) = tokenizer("<|im_end|>", add_special_tokens=False).input_ids
+    assert end in chat.stop
+    said = tokenizer("Paris.<|im_end|><|im_start|>user:More?", add_special_tokens=False).input_ids
+    assert chat.answer(said) == "Paris."
+    assert chat.stopped(said)
+
+
+def test_tokens_end_with_a_stop_text() -> None:
+    chat = chat_format(tokenizer_with(None), None, "lmsys/vicuna-7b-v1.5")
+    assert chat.conversation is not None
+    chat.conversation.stop_str = ["USER:"]
+    said = chat.tokenizer("Yes. USER: no", add_special_tokens=False).input_ids
+    assert chat.until_stop(said) == said[: len("Yes. USER:")]
+    assert chat.until_stop(said[:6]) == said[:6]
+    assert chat.answer(chat.until_stop(said)) == "Yes."
+
+
+@pytest.mark.parametrize(
+    "date", ["{{ strftime_now('%d %B %Y') }}", "{{ date_string | default(strftime_now('%d %b %Y')) }}"]
+)
+def test_a_template_that_writes_the_date_gives_one_prompt_on_all_days(date: str) -> None:
+    chat = chat_format(tokenizer_with(date + TEMPLATE), None, "x")
+    assert "26 Jul" in chat.text(["question"])
+    assert "2024" in chat.text(["question"])
+
+
 def test_fastchats_prompt_has_one_bos_where_the_tokenizer_adds_it() -> None:
     chat = chat_format(tokenizer_with(TEMPLATE, adds_bos=True), None, "x")
     conversation = TemplateConversation(name="x", roles=("user", "assistant"), messages=[], format=chat)

@@ -60,7 +60,7 @@ def one_by_one(model: Any, turn: Turn) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("compensate", ["auto", "all"])
-@pytest.mark.parametrize("selection", ["none", "static", "exact"])
+@pytest.mark.parametrize("selection", ["none", "static", "random", "dynamic", "exact"])
 def test_states_are_those_of_decoding(
     selection: str, compensate: str, chat_artifact: Path, chat_questions: list[Question]
 ) -> None:

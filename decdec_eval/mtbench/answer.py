@@ -41,6 +41,9 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 _OTHERWISE = 0.7  # FastChat's, for a category of somebody's own
+# the whole vocabulary as the temperature weighs it, whatever top-k, top-p and penalty a model's
+# generation_config and transformers' defaults (50, in FastChat's run) would bring along
+_DRAWN_FROM = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 # in max_new_tokens: the second answer, and the first as it is read back: a token that is no whole character
 # becomes three, a replacement character's bytes
 _ROOM = 4
@@ -89,12 +92,12 @@ class Speaker:
         ids = torch.tensor([list(prompt)], device=self.model.device)
         options: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
-            # what the model's generation_config says of these is not MT-Bench's
-            options = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+            options = {"do_sample": True, "temperature": sampling.temperature, **_DRAWN_FROM}
         ends: dict[str, Any] = (
             {"eos_token_id": list(self.stop), "pad_token_id": self.stop[0]} if self.stop else {}
         )
-        options |= {"max_new_tokens": max_new_tokens, "repetition_penalty": 1.0, **ends}
+        penalty = _DRAWN_FROM["repetition_penalty"]
+        options |= {"max_new_tokens": max_new_tokens, "repetition_penalty": penalty, **ends}
         done = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         return done[0, len(prompt) :].tolist()
 
@@ -121,8 +124,8 @@ def answer_question(
     """Return {"turns", "tokens", "prompt_tokens", "cut_tokens", "finish", "seeds", "temperature", "time_s"},
     a list of two but for the temperature.
 
-    A prompt that leaves no room for max_new_tokens is cut at its beginning, as FastChat's streaming does it:
-    cut_tokens says by how many tokens. finish: "stop" where the model ended its answer, else "length".
+    A prompt that leaves no room for max_new_tokens is cut at its beginning: cut_tokens says by how many
+    tokens. finish: "stop" where the model ended its answer, else "length".
     """
     temperature = TEMPERATURES.get(question.category, _OTHERWISE)
     messages: list[str] = []
@@ -133,7 +136,7 @@ def answer_question(
         kept = prompt[-(settings.max_length - settings.max_new_tokens) :]
         seed = turn_seed(settings.seed, question.question_id, turn)
         start = time.perf_counter()
-        tokens = speaker.speak(kept, settings.max_new_tokens, temperature, seed)
+        tokens = chat.until_stop(speaker.speak(kept, settings.max_new_tokens, temperature, seed))
         messages.append(chat.answer(tokens))
         rows.append(
             {
@@ -277,6 +280,7 @@ def answer(
         "ledger": opened.ledger,
         "chat": opened.chat.describe(),
         "settings": asdict(settings),
+        "drawn_from": _DRAWN_FROM,
         "way": speaker.way,
         "questions_sha256": questions_sha256(questions),
     }
