@@ -71,6 +71,7 @@ class DecDECLM(HFLM):
 
     def __init__(self, pretrained: str | Path | None = None, device: str = "cuda", **arguments: Any) -> None:
         _refuse_unknown(arguments)
+        _refuse_dtype(arguments.get("dtype", "auto"))
         chosen = {name: arguments.pop(name) for name in _COMPENSATION if name in arguments}
         if "selection" in chosen and chosen["selection"] is None:
             chosen["selection"] = "none"  # lm-eval's parser makes None of the word
@@ -316,6 +317,14 @@ def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
             raise DecDECError(
                 f"model_args must be {own} or an argument of --model hf, got {name!r}{suggest(name, known)}"
             )
+
+
+def _refuse_dtype(dtype: Any) -> None:
+    """Raise DecDECError unless HFLM can make a torch dtype of it."""
+    if dtype != "auto" and not isinstance(
+        getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype
+    ):
+        raise DecDECError(f"dtype must be auto, float32, bfloat16 or float16, got {str(dtype)!r}")
 
 
 def _profiles(budget: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Profile]:

@@ -206,6 +206,12 @@ def test_an_unquantized_model_opens_alike(chat_model_dir: Path) -> None:
     assert len(opened.ledger["model"]["config_sha256"]) == 64
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_a_gpu_that_is_not_there_is_refused(artifact: Path) -> None:
+    with pytest.raises(DecDECError, match="device must be cpu where there is no CUDA device, got cuda"):
+        open_model(f"pretrained={artifact}", "cuda")
+
+
 def test_other_models_are_still_fastchats() -> None:
     assert isinstance(model_adapter.get_model_adapter("lmsys/vicuna-7b-v1.5"), model_adapter.VicunaAdapter)
 
