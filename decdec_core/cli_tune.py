@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from decdec_core.cli_bench import add_random_model, source_of
 from decdec_core.commandline import json_file, picture_file
-from decdec_core.config import DecDECError, WeightQuant
+from decdec_core.config import DecDECError, WeightQuant, require_int
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,12 +92,13 @@ def _tune(options: argparse.Namespace) -> None:
     options.slowdown = list(dict.fromkeys(options.slowdown))
     profile = _predicted(options, source) if options.gpu is not None else _measured(options, source, setup)
     write_profile(options.out, profile)
-    print(f"{table_of(profile)}\n\nwritten: {options.out}")
     if options.json is not None:
         made = {**(profile.environment or {}), "measured": not profile.predicted}
         write_json(options.json, {**made, "rows": budget_rows(profile)})
     if options.figure is not None:
         draw(profile, options.figure, _own_gpu(options))
+    written = [str(path) for path in (options.out, options.json, options.figure) if path is not None]
+    print(f"{table_of(profile)}\n\nwritten: {', '.join(written)}")
 
 
 def _measured(options: argparse.Namespace, source: RandomModel | Path, setup: Setup) -> Profile:
@@ -167,6 +168,7 @@ def _about(source: RandomModel | Path) -> tuple[str, Any, WeightQuant]:
 
 def _calibration(options: argparse.Namespace) -> Tensor | None:
     """Return the calibration text's tokens for an objective that needs them."""
+    require_int("calibration sequences", options.calibration_sequences, 1, 1 << 20)
     if options.objective == "speed":
         return None
     from transformers import AutoTokenizer

@@ -34,7 +34,7 @@ class DecDECError(ValueError):
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the nearest of `known`, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean '{near[0]}'?)" if near else ""
+    return f" (did you mean '{near[0]}'?)" if near and near[0] != word else ""
 
 
 def require_one_of(which: str, got: object, wanted: Iterable[object]) -> None:

@@ -132,6 +132,9 @@ def _require_room(config: Any, max_length: int) -> None:
             most = rotation.get("original_max_position_embeddings") or most
         if max_length > most:
             raise DecDECError(f"max_length must be at most {most} with {kind} rotation, got {max_length}")
+    if max_length > config.max_position_embeddings:
+        context = config.max_position_embeddings
+        raise DecDECError(f"max_length must be at most the model's context of {context}, got {max_length}")
 
 
 def _rotation(model: Any, max_length: int) -> tuple[Tensor, Tensor]:

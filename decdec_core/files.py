@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from decdec_core.config import DecDECError
 
 
 @contextmanager
@@ -31,3 +34,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON value to `path`, indented by one."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def lock(file: BinaryIO, path: Path) -> None:
+    """Hold `file`, which is open at `path`, until it is closed; where another process does, DecDECError."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DecDECError(f"{path} must be written by one process at a time, got a second") from None

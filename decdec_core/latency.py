@@ -133,7 +133,10 @@ GPUS: dict[str, Gpu] = {
 def gpu_of(key: str) -> Gpu:
     """Return one of GPUS by its key. Raises DecDECError for another."""
     if key not in GPUS:
-        raise DecDECError(f"gpu must be one of {', '.join(GPUS)}, got {key!r}{suggest(key, GPUS)}")
+        raise DecDECError(
+            f"gpu must be one of {', '.join(GPUS)}, or any name with its bandwidths (--memory-gb-s, "
+            f"--link-gb-s), got {key!r}{suggest(key, GPUS)}"
+        )
     return GPUS[key]
 
 

@@ -76,18 +76,18 @@ def attach(model: nn.Module, compensation: Compensation, artifact_hash: str) -> 
 
 
 def _choose_pass(state: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a forward pass: the stage begins again, and whether the pass is compensated. Generation is the
-    pass that is handed a key-value cache, which a likelihood request never is; a decoding step is one token
-    after others in that cache."""
+    """Before a forward pass: the stage begins again, and whether the pass is compensated. Generation is a
+    pass with a key-value cache, or one that asks for it (where a rotation changes all is read again), which
+    a likelihood request never does; a decoding step is one token after others in that cache."""
     state.stage.reset()
     mode = state.compensation.compensate
     cache = kwargs.get("past_key_values")
     given = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
     single = given is not None and given.shape[1] == 1
-    if mode == "all" or cache is None:
+    if mode == "all" or (cache is None and not kwargs.get("use_cache")):
         state.scope.active = mode != "decode"
     else:
-        state.scope.active = single and _holds_tokens(cache)
+        state.scope.active = single and cache is not None and _holds_tokens(cache)
 
 
 def _holds_tokens(cache: Any) -> bool:

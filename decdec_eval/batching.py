@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from decdec_core.architectures import SUPPORTED
+from decdec_core.config import DecDECError
 
 _BY_LENGTH = ("dynamic", "longrope")  # rotations that the longest sequence of a batch sets for all of it
 # settings of generate that read a prompt's tokens or its padded length, and their values that read nothing
@@ -27,7 +28,7 @@ _READ_THE_PROMPT = {
     "encoder_no_repeat_ngram_size": 0,
     "min_length": 0,
 }
-_STEPS = 32  # tokens after which the sequences that have ended leave their batch
+_STEPS_AT_ONCE = 32  # then the sequences that have ended leave their batch
 # settings of generate that mean the same after some steps as before the first
 _OF_A_STEP = {
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
@@ -35,7 +36,7 @@ _OF_A_STEP = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache"),
     *("output_attentions", "output_hidden_states", "transformers_version", "_from_model_config"),
 }
-_ON_CPU = 8  # rows: most of what reading the weights once for all of them saves
+_ROWS_ON_CPU = 8  # of a batch: most of what reading the weights once for all of them saves
 _SHARE = 0.8  # of the free memory: the rest is for what the estimate leaves out
 
 
@@ -54,7 +55,7 @@ def generate(
     where generation can be interrupted: else all of them go on until the last has ended.
     """
     prompt, longest = ids.shape[1], ids.shape[1] + new_tokens
-    steps = _STEPS if _may_be_interrupted(model, settings) else new_tokens
+    steps = _STEPS_AT_ONCE if _may_be_interrupted(model, settings) else new_tokens
     answers: dict[int, Tensor] = {}
     rows = list(range(len(ids)))  # which of them the batch still holds
     cached: dict[str, Any] = {}
@@ -63,7 +64,7 @@ def generate(
         done: Any = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_length=min(longest, ids.shape[1] + steps),
+            max_new_tokens=min(steps, longest - ids.shape[1]),
             stopping_criteria=StoppingCriteriaList([texts]),
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
@@ -85,6 +86,16 @@ def generate(
             done.past_key_values.batch_select_indices(kept)
             ids, mask = ids[kept], mask[kept]
     return [answers[row] for row in range(len(answers))]
+
+
+def refuse_beams(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Raise DecDECError where generation would keep several sequences for a prompt: here it has one."""
+    own = model.generation_config
+    for given in settings:
+        for name in ("num_beams", "num_return_sequences"):
+            asked = given.get(name, getattr(own, name, None))
+            if asked not in (None, 1):
+                raise DecDECError(f"{name} must be 1 with --model decdec, got {asked!r}")
 
 
 def _may_be_interrupted(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
@@ -175,7 +186,7 @@ def rows_that_fit(model: PreTrainedModel, prompt_tokens: int, new_tokens: int, a
     """
     device = model.device
     if device.type != "cuda":
-        return max(1, min(at_most, _ON_CPU))
+        return max(1, min(at_most, _ROWS_ON_CPU))
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
     return max(1, min(at_most, int(free * _SHARE) // bytes_of_a_row(model, prompt_tokens, new_tokens)))

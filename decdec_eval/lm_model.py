@@ -71,6 +71,7 @@ class DecDECLM(HFLM):
 
     def __init__(self, pretrained: str | Path | None = None, device: str = "cuda", **arguments: Any) -> None:
         _refuse_unknown(arguments)
+        _refuse_dtype(arguments.get("dtype", "auto"))
         chosen = {name: arguments.pop(name) for name in _COMPENSATION if name in arguments}
         if "selection" in chosen and chosen["selection"] is None:
             chosen["selection"] = "none"  # lm-eval's parser makes None of the word
@@ -171,7 +172,7 @@ class DecDECLM(HFLM):
         """Return the answers. In greedy decoding and float32 they do not depend on the batch, but for
         rounding: a choice between all but equal tokens, or channels, may fall otherwise.
 
-        A max_gen_toks that leaves no room for a prompt raises DecDECError.
+        A max_gen_toks that leaves no room for a prompt, and several beams, raise DecDECError.
         """
         if self.backend != "causal":
             raise DecDECError(f"generation must be of a causal model, got {self.backend}")
@@ -182,6 +183,7 @@ class DecDECLM(HFLM):
             raise DecDECError(
                 f"max_gen_toks must be less than the model's max_length {self.max_length}, got {new}"
             )
+        batching.refuse_beams(self.model, [r.args[1] for r in requests])
         longest = max((r.args[0] for r in requests), key=len, default="")
         self._longest = (min(len(self.tok_encode(longest)), self.max_length - new), new)
         try:
@@ -315,6 +317,14 @@ def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
             raise DecDECError(
                 f"model_args must be {own} or an argument of --model hf, got {name!r}{suggest(name, known)}"
             )
+
+
+def _refuse_dtype(dtype: Any) -> None:
+    """Raise DecDECError unless HFLM can make a torch dtype of it."""
+    if dtype != "auto" and not isinstance(
+        getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype
+    ):
+        raise DecDECError(f"dtype must be auto, float32, bfloat16 or float16, got {str(dtype)!r}")
 
 
 def _profiles(budget: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Profile]:

@@ -130,6 +130,36 @@ def tiny_artifact_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
+def chat_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mtbench_models import save_chat
+
+    return save_chat(tmp_path_factory.mktemp("plain") / "chat")
+
+
+@pytest.fixture(scope="session")
+def chat_artifact(chat_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mtbench_models import build_chat
+
+    return build_chat(chat_model_dir, tmp_path_factory.mktemp("artifacts") / "chat-rtn3")
+
+
+@pytest.fixture(scope="session")
+def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mtbench_models import write_questions
+
+    folder = tmp_path_factory.mktemp("data") / "mt_bench"
+    write_questions(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_questions(chat_data: Path) -> list[Any]:
+    from decdec_eval.mtbench.data import load_questions
+
+    return load_questions(chat_data)
+
+
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real evaluation data; tests that need it skip where there is none."""
     folder = os.environ.get("DECDEC_DATA_DIR")

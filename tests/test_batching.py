@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
 from lm_eval.api.instance import Instance
+from mtbench_models import build_chat
 from tiny_artifacts import write_tiny
 from transformers import StoppingCriteriaList
 
 from decdec_core.config import DecDECError
 from decdec_core.linear import DecLinear
-from decdec_core.model import dec_layers
+from decdec_core.model import dec_layers, set_compensation
 from decdec_eval import batching
 from decdec_eval.lm_model import DecDECLM
 
@@ -69,11 +71,16 @@ def test_answers_do_not_depend_on_the_batch(folder: Path, selection: str, compen
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "phi3", "qwen3"])
-def test_other_architectures(architecture: str, tmp_path: Path) -> None:
+def test_other_architectures(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "_STEPS_AT_ONCE", 4)
     lm = load(write_tiny(tmp_path / "model", architecture=architecture), 1, selection="exact")
-    alone = answers(lm, prompts())
+    texts, tokens = prompts(), 20
+    free = answers(lm, texts, tokens)
+    until = [free[0][7], free[3][10]]  # so that they leave the batch one after the other
+    alone = answers(lm, texts, tokens, until=until)
+    assert len({len(text) for text in alone}) > 1
     lm.batch_size_per_gpu = 7
-    assert answers(lm, prompts()) == alone
+    assert answers(lm, texts, tokens, until=until) == alone
 
 
 @pytest.mark.parametrize(
@@ -141,7 +148,7 @@ def rows_of_passes(lm: DecDECLM) -> list[int]:
 
 
 def test_what_has_ended_leaves_the_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "_STEPS", 6)
+    monkeypatch.setattr(batching, "_STEPS_AT_ONCE", 6)
     lm = load(folder, 1, selection="exact")
     texts, tokens = prompts(), 45
     free = answers(lm, texts, tokens)
@@ -160,9 +167,31 @@ def test_what_has_ended_leaves_the_batch(folder: Path, monkeypatch: pytest.Monke
     assert sum(rows) == sum(passes)
 
 
+@pytest.mark.parametrize("own", [3, 50])
+def test_the_models_own_limit_does_not_count(folder: Path, own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "_STEPS_AT_ONCE", 4)
+    lm = load(folder, 1, selection="none")
+    lm.model.generation_config.max_new_tokens = own
+    ids = torch.tensor([[40, 41, 42]])
+    (new,) = batching.generate(
+        lm.model, lm.tokenizer, ids, torch.ones_like(ids), 10, [], {"do_sample": False}
+    )
+    assert new.shape == (10,)
+
+
+@pytest.mark.parametrize("name", ["num_beams", "num_return_sequences"])
+@pytest.mark.parametrize("own", [False, True])
+def test_several_sequences_for_a_prompt_are_refused(folder: Path, name: str, own: bool) -> None:
+    lm = load(folder, 1)
+    if own:
+        setattr(lm.model.generation_config, name, 3)
+    with pytest.raises(DecDECError, match=f"{name} must be 1 with --model decdec, got 3"):
+        answers(lm, ["a"], **({} if own else {name: 3}))
+
+
 @pytest.mark.parametrize("where", ["settings", "generation_config"])
 def test_what_cannot_be_interrupted_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    monkeypatch.setattr(batching, "_STEPS", 6)
+    monkeypatch.setattr(batching, "_STEPS_AT_ONCE", 6)
     lm = load(folder, 7, selection="exact")
     texts, settings = prompts(), {"min_new_tokens": 2} if where == "settings" else {}
     free = answers(lm, texts, 20)
@@ -271,6 +300,26 @@ def test_a_long_sequence_does_not_turn_a_short_ones_rotation(tmp_path: Path) -> 
     encoded = lm.tok_batch_encode([short, long])
     whole = lm.model.generate(encoded[0], attention_mask=encoded[1], max_new_tokens=16, do_sample=False)
     assert lm.tok_decode(whole[0, encoded[0].shape[1] :].tolist()) != alone[0]
+
+
+def test_what_a_change_of_rotation_reads_again_is_prompt(tmp_path: Path) -> None:
+    longrope().save_pretrained(tmp_path / "plain")
+    byte_tokenizer().save_pretrained(tmp_path / "plain")
+    lm = load(build_chat(tmp_path / "plain", tmp_path / "artifact"), 1, selection="exact", k_chunk=256)
+    passes: list[tuple[int, bool]] = []
+    lm.model.base_model.register_forward_pre_hook(
+        lambda _m, _a, given: passes.append((given["input_ids"].shape[1], lm.model.decdec.scope.active)),
+        with_kwargs=True,
+    )
+    text = "the quick brown fox jumps over the lazy dog, and again"
+    got = answers(lm, [text], tokens=16)
+    assert passes.pop(0) == (len(text), False)
+    # the 65th token is beyond the limit: everything is read again, as a prompt is, then steps go on
+    again = 65 - len(text)
+    assert passes[again - 1] == (65, False)
+    assert passes[: again - 1] + passes[again:] == [(1, True)] * 14
+    set_compensation(lm.model, replace(lm.compensation, compensate="decode"))
+    assert answers(lm, [text], tokens=16) == got
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,8 @@ def test_lengths_that_its_cache_or_rotation_cannot_hold_are_refused() -> None:
     model = tiny_model("mistral")
     model.config.sliding_window = 64
     Step(model, 64)
+    with pytest.raises(DecDECError, match="max_length must be at most the model's context of 4096, got 4097"):
+        Step(tiny_model("llama"), 4097)
     with pytest.raises(DecDECError, match="max_length must be at most the attention's window of 64, got 65"):
         Step(model, 65)
     config = tiny_model("llama").config

@@ -69,6 +69,8 @@ REFUSED = [
     ({"slowdown": 5, "gpu": "no/where.json"}, "profile no/where.json must be a file, got none"),
     ({"slowdown": 5, "gpu": "rtx-4090", "method": "rtn", "bits": 5}, "bits of a model with a budget must be"),
     ({"gpu": "rtx-4090"}, "gpu must be with slowdown, got gpu=rtx-4090 alone"),
+    ({"dtype": "float8"}, "dtype must be auto, float32, bfloat16 or float16, got 'float8'"),
+    ({"dtype": "nn"}, "dtype must be auto, float32, bfloat16 or float16, got 'nn'"),
     ({"slowdown": 5, "gpu": "rtx-4090", "k_chunk": 8}, "k_chunk must be absent with slowdown"),
     ({"slowdown": 5, "gpu": "rtx-4090", "n_tb": 8}, "n_tb must be absent with slowdown"),
     ({"slowdown": 5, "gpu": "rtx-4090", "selection": "none"}, "selection must compensate something at a"),

@@ -23,14 +23,9 @@ one_thread = pytest.fixture(single_threaded, autouse=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_chat(tmp_path_factory.mktemp("plain") / "chat")
-
-
-@pytest.fixture(scope="module")
-def artifact(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(chat_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # a name by which FastChat opens a plain Mistral, with Mistral's template
-    return build_chat(model_dir, tmp_path_factory.mktemp("artifacts") / "mistral-rtn3")
+    return build_chat(chat_model_dir, tmp_path_factory.mktemp("artifacts") / "mistral-rtn3")
 
 
 def tokenizer_with(template: str | None, adds_bos: bool = False) -> Any:
@@ -125,6 +120,38 @@ def test_an_answer_ends_before_a_stop_text() -> None:
     assert chat.stopped(said)
 
 
+def test_a_stop_text_that_is_a_token_ends_an_answer() -> None:
+    tokenizer = tokenizer_with(None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    chat = chat_format(tokenizer, None, "Open-Orca/orca-2")
+    assert chat.conversation is not None
+    assert chat.conversation.stop_str == "<|im_end|>"
+    (end,) = tokenizer("<|im_end|>", add_special_tokens=False).input_ids
+    assert end in chat.stop
+    said = tokenizer("Paris.<|im_end|><|im_start|>user:More?", add_special_tokens=False).input_ids
+    assert chat.answer(said) == "Paris."
+    assert chat.stopped(said)
+
+
+def test_tokens_end_with_a_stop_text() -> None:
+    chat = chat_format(tokenizer_with(None), None, "lmsys/vicuna-7b-v1.5")
+    assert chat.conversation is not None
+    chat.conversation.stop_str = ["USER:"]
+    said = chat.tokenizer("Yes. USER: no", add_special_tokens=False).input_ids
+    assert chat.until_stop(said) == said[: len("Yes. USER:")]
+    assert chat.until_stop(said[:6]) == said[:6]
+    assert chat.answer(chat.until_stop(said)) == "Yes."
+
+
+@pytest.mark.parametrize(
+    "date", ["{{ strftime_now('%d %B %Y') }}", "{{ date_string | default(strftime_now('%d %b %Y')) }}"]
+)
+def test_a_template_that_writes_the_date_gives_one_prompt_on_all_days(date: str) -> None:
+    chat = chat_format(tokenizer_with(date + TEMPLATE), None, "x")
+    assert "26 Jul" in chat.text(["question"])
+    assert "2024" in chat.text(["question"])
+
+
 def test_fastchats_prompt_has_one_bos_where_the_tokenizer_adds_it() -> None:
     chat = chat_format(tokenizer_with(TEMPLATE, adds_bos=True), None, "x")
     conversation = TemplateConversation(name="x", roles=("user", "assistant"), messages=[], format=chat)
@@ -170,13 +197,19 @@ def test_fastchat_generates_what_answer_says(compensate: str, artifact: Path) ->
     assert last["text"].strip() == opened.chat.answer(tokens)
 
 
-def test_an_unquantized_model_opens_alike(model_dir: Path) -> None:
-    opened = open_model(f"pretrained={model_dir},method=full,dtype=bfloat16", "cpu")
+def test_an_unquantized_model_opens_alike(chat_model_dir: Path) -> None:
+    opened = open_model(f"pretrained={chat_model_dir},method=full,dtype=bfloat16", "cpu")
     assert opened.model.dtype == torch.bfloat16
     assert not hasattr(opened.model, "decdec")
     assert opened.ledger["method"] == "full"
     assert opened.ledger["dtype"] == "bfloat16"
     assert len(opened.ledger["model"]["config_sha256"]) == 64
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_a_gpu_that_is_not_there_is_refused(artifact: Path) -> None:
+    with pytest.raises(DecDECError, match="device must be cpu where there is no CUDA device, got cuda"):
+        open_model(f"pretrained={artifact}", "cuda")
 
 
 def test_other_models_are_still_fastchats() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import with_checkout_first
-from mtbench_models import CATEGORIES, EOS, build_chat, save_chat, single_threaded, write_questions
+from mtbench_models import CATEGORIES, EOS, save_chat, single_threaded
 
 from decdec_core.commandline import OneLineParser, run_command
 from decdec_core.config import DecDECError
@@ -46,37 +46,15 @@ one_thread = pytest.fixture(single_threaded, autouse=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_chat(tmp_path_factory.mktemp("plain") / "chat")
+def args(chat_artifact: Path) -> str:
+    return f"pretrained={chat_artifact},selection=random,k_chunk=64"
 
 
 @pytest.fixture(scope="module")
-def artifact(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_chat(model_dir, tmp_path_factory.mktemp("artifacts") / "chat-rtn3")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "mt_bench"
-    write_questions(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def questions(data: Path) -> list[Question]:
-    return load_questions(data)
-
-
-@pytest.fixture(scope="module")
-def args(artifact: Path) -> str:
-    return f"pretrained={artifact},selection=random,k_chunk=64"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(args: str, questions: list[Question], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(args: str, chat_questions: list[Question], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The answer file of a run that was left alone. Shared: a test that alters it copies it first."""
     out = tmp_path_factory.mktemp("undisturbed")
-    return answer(args, out, questions, "tiny", max_new_tokens=TOKENS)
+    return answer(args, out, chat_questions, "tiny", max_new_tokens=TOKENS)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -93,10 +71,12 @@ def said(path: Path) -> list[Any]:
     ]
 
 
-def test_the_file_is_fastchats(undisturbed: Path, artifact: Path, questions: list[Question]) -> None:
+def test_the_file_is_fastchats(
+    undisturbed: Path, chat_artifact: Path, chat_questions: list[Question]
+) -> None:
     assert undisturbed.parts[-2:] == ("model_answer", "tiny.jsonl")
     rows = rows_of(undisturbed)
-    assert [row["question_id"] for row in rows] == [question.question_id for question in questions]
+    assert [row["question_id"] for row in rows] == [question.question_id for question in chat_questions]
     for row in rows:
         assert set(row) == {"question_id", "answer_id", "model_id", "choices", "tstamp", "decdec"}
         assert row["model_id"] == "tiny"
@@ -122,12 +102,12 @@ def test_the_file_is_fastchats(undisturbed: Path, artifact: Path, questions: lis
 
 
 def test_turns_are_the_decoders_after_the_conversation(
-    undisturbed: Path, args: str, questions: list[Question]
+    undisturbed: Path, args: str, chat_questions: list[Question]
 ) -> None:
     opened = open_model(args, "cpu")
     fuse(opened.model)
     rows = {row["question_id"]: row for row in rows_of(undisturbed)}
-    for question in questions[:2]:  # temperature 0.7, and 0
+    for question in chat_questions[:2]:  # temperature 0.7, and 0
         turns = rows[question.question_id]["choices"][0]["turns"]
         decdec = rows[question.question_id]["decdec"]
         for turn, messages in enumerate(
@@ -143,7 +123,7 @@ def test_turns_are_the_decoders_after_the_conversation(
 
 
 def test_a_killed_run_resumes_with_the_same_answers(
-    undisturbed: Path, args: str, data: Path, questions: list[Question], tmp_path: Path
+    undisturbed: Path, args: str, chat_data: Path, chat_questions: list[Question], tmp_path: Path
 ) -> None:
     script = f"""
 import sys, time
@@ -156,7 +136,7 @@ def slow(*arguments):
     append(*arguments)
     time.sleep(0.5)
 module.AnswerFile.append = slow
-questions = load_questions(Path({str(data)!r}))
+questions = load_questions(Path({str(chat_data)!r}))
 module.answer({args!r}, Path({str(tmp_path)!r}), questions, "tiny", max_new_tokens={TOKENS})
 """
     path = tmp_path / "model_answer" / "tiny.jsonl"
@@ -171,38 +151,38 @@ module.answer({args!r}, Path({str(tmp_path)!r}), questions, "tiny", max_new_toke
     _, errors = child.communicate()
     assert child.returncode == -signal.SIGKILL, errors.decode()
     done = rows_of(path)
-    assert 2 <= len(done) < len(questions)
-    answer(args, tmp_path, questions, "tiny", max_new_tokens=TOKENS)
+    assert 2 <= len(done) < len(chat_questions)
+    answer(args, tmp_path, chat_questions, "tiny", max_new_tokens=TOKENS)
     assert said(path) == said(undisturbed)
     assert rows_of(path)[: len(done)] == done  # not answered again
 
 
 @pytest.mark.parametrize("cut", [1, 300])
 def test_a_torn_last_line_is_answered_again(
-    cut: int, undisturbed: Path, args: str, questions: list[Question], tmp_path: Path
+    cut: int, undisturbed: Path, args: str, chat_questions: list[Question], tmp_path: Path
 ) -> None:
     whole = undisturbed.read_bytes().splitlines(keepends=True)
     path = tmp_path / "model_answer" / "tiny.jsonl"
     path.parent.mkdir()
     path.write_bytes(b"".join(whole[:2]) + whole[2][: max(1, len(whole[2]) - cut)])
-    assert answer(args, tmp_path, questions, "tiny", max_new_tokens=TOKENS) == path
+    assert answer(args, tmp_path, chat_questions, "tiny", max_new_tokens=TOKENS) == path
     assert said(path) == said(undisturbed)
     assert path.read_bytes().splitlines(keepends=True)[:2] == whole[:2]
 
 
 def test_limit_takes_the_first_and_more_may_follow(
-    undisturbed: Path, args: str, questions: list[Question], tmp_path: Path
+    undisturbed: Path, args: str, chat_questions: list[Question], tmp_path: Path
 ) -> None:
-    path = answer(args, tmp_path, questions, "tiny", limit=2, max_new_tokens=TOKENS)
+    path = answer(args, tmp_path, chat_questions, "tiny", limit=2, max_new_tokens=TOKENS)
     assert said(path) == said(undisturbed)[:2]
-    answer(args, tmp_path, questions, "tiny", limit=3, max_new_tokens=TOKENS)
+    answer(args, tmp_path, chat_questions, "tiny", limit=3, max_new_tokens=TOKENS)
     assert said(path) == said(undisturbed)[:3]
 
 
 def test_another_seed_draws_otherwise_where_something_is_drawn(
-    undisturbed: Path, args: str, questions: list[Question], tmp_path: Path
+    undisturbed: Path, args: str, chat_questions: list[Question], tmp_path: Path
 ) -> None:
-    path = answer(args, tmp_path, questions, "tiny", max_new_tokens=TOKENS, seed=1)
+    path = answer(args, tmp_path, chat_questions, "tiny", max_new_tokens=TOKENS, seed=1)
     for mine, theirs in zip(rows_of(path), rows_of(undisturbed), strict=True):
         hot = mine["decdec"]["temperature"] == 0.7
         cold = mine["decdec"]["temperature"] == 0
@@ -233,7 +213,7 @@ def test_another_configuration_in_the_same_file_is_refused(
     message: str,
     undisturbed: Path,
     args: str,
-    questions: list[Question],
+    chat_questions: list[Question],
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "model_answer" / "tiny.jsonl"
@@ -243,31 +223,31 @@ def test_another_configuration_in_the_same_file_is_refused(
     options["model_args"] = args + options.get("model_args", "")
     before = path.read_bytes()
     with pytest.raises(DecDECError, match=message) as refused:
-        answer(out=tmp_path, questions=questions, model_id="tiny", **options)
+        answer(out=tmp_path, questions=chat_questions, model_id="tiny", **options)
     assert "\n" not in str(refused.value)
     assert path.read_bytes() == before
 
 
 def test_another_artifact_and_other_questions_are_refused(
-    undisturbed: Path, model_dir: Path, args: str, questions: list[Question], tmp_path: Path
+    undisturbed: Path, chat_model_dir: Path, args: str, chat_questions: list[Question], tmp_path: Path
 ) -> None:
     path = tmp_path / "model_answer" / "tiny.jsonl"
     path.parent.mkdir()
     shutil.copy(undisturbed, path)
-    fewer = {"out": tmp_path, "questions": questions[:3], "model_id": "tiny", "max_new_tokens": TOKENS}
+    fewer = {"out": tmp_path, "questions": chat_questions[:3], "model_id": "tiny", "max_new_tokens": TOKENS}
     with pytest.raises(DecDECError, match=r"got another .*questions_sha256: give another"):
         answer(args, **fewer)
-    other = f"pretrained={model_dir},method=full"
+    other = f"pretrained={chat_model_dir},method=full"
     with pytest.raises(DecDECError, match="got another ledger"):
-        answer(other, tmp_path, questions, "tiny", max_new_tokens=TOKENS)
+        answer(other, tmp_path, chat_questions, "tiny", max_new_tokens=TOKENS)
 
 
-def test_fastchats_own_answers_are_refused(args: str, questions: list[Question], tmp_path: Path) -> None:
+def test_fastchats_own_answers_are_refused(args: str, chat_questions: list[Question], tmp_path: Path) -> None:
     path = tmp_path / "model_answer" / "tiny.jsonl"
     path.parent.mkdir()
     path.write_text('{"question_id": 81, "choices": [{"index": 0, "turns": ["a", "b"]}]}\n')
     with pytest.raises(DecDECError, match="must be of this configuration, got another ledger, chat"):
-        answer(args, tmp_path, questions, "tiny", max_new_tokens=TOKENS)
+        answer(args, tmp_path, chat_questions, "tiny", max_new_tokens=TOKENS)
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"question_id": 81}', '{"question_id": 81, "choices": []}', ""])
@@ -280,14 +260,14 @@ def test_a_line_that_is_no_answer_is_refused(line: str, tmp_path: Path) -> None:
 
 
 def test_a_second_run_on_the_same_file_is_refused(
-    args: str, questions: list[Question], tmp_path: Path
+    args: str, chat_questions: list[Question], tmp_path: Path
 ) -> None:
     path = tmp_path / "model_answer" / "tiny.jsonl"
     path.parent.mkdir()
     with path.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(DecDECError, match="must be written by one run at a time, got a second"):
-            answer(args, tmp_path, questions, "tiny", max_new_tokens=TOKENS)
+        with pytest.raises(DecDECError, match="must be written by one process at a time, got a second"):
+            answer(args, tmp_path, chat_questions, "tiny", max_new_tokens=TOKENS)
     assert path.read_bytes() == b""
 
 
@@ -303,15 +283,15 @@ def test_a_second_run_on_the_same_file_is_refused(
     ],
 )
 def test_refused_settings(
-    change: dict[str, Any], message: str, args: str, questions: list[Question], tmp_path: Path
+    change: dict[str, Any], message: str, args: str, chat_questions: list[Question], tmp_path: Path
 ) -> None:
     with pytest.raises(DecDECError, match=message):
-        answer(args, tmp_path, questions, **change)
+        answer(args, tmp_path, chat_questions, **change)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_conversation_longer_than_the_context_is_cut_and_marked(
-    args: str, questions: list[Question]
+    args: str, chat_questions: list[Question]
 ) -> None:
     opened = open_model(args, "cpu")
     long = Question(1, "math", ("Count. " * 40, "Go on."), None)
@@ -324,21 +304,23 @@ def test_a_conversation_longer_than_the_context_is_cut_and_marked(
     assert done["turns"][0] == opened.chat.answer(done["tokens"][0])
 
 
-def test_room_is_the_longest_conversation_within_the_context(args: str, questions: list[Question]) -> None:
+def test_room_is_the_longest_conversation_within_the_context(
+    args: str, chat_questions: list[Question]
+) -> None:
     opened = open_model(args, "cpu")
-    longest = max(len(opened.chat.prompt([q.turns[0], "", q.turns[1]])) for q in questions)
+    longest = max(len(opened.chat.prompt([q.turns[0], "", q.turns[1]])) for q in chat_questions)
     config = opened.model.config
-    assert room_for(opened.chat, questions, 16, config) == longest + 64
-    assert room_for(opened.chat, questions, 2000, config) == config.max_position_embeddings
+    assert room_for(opened.chat, chat_questions, 16, config) == longest + 64
+    assert room_for(opened.chat, chat_questions, 2000, config) == config.max_position_embeddings
 
 
-def test_a_model_that_no_decoder_takes_generates(tmp_path: Path, questions: list[Question]) -> None:
+def test_a_model_that_no_decoder_takes_generates(tmp_path: Path, chat_questions: list[Question]) -> None:
     """A window of attention shorter than the conversation."""
     folder = save_chat(tmp_path / "mistral", architecture="mistral")
     opened = open_model(f"pretrained={folder},method=full", "cpu")
     speaker = Speaker(opened, 200)
     assert speaker.way.startswith("generate: max_length must be at most the attention's window of 64")
-    prompt = opened.chat.prompt([questions[0].turns[0]])
+    prompt = opened.chat.prompt([chat_questions[0].turns[0]])
     with torch.no_grad():
         logits = opened.model(torch.tensor([prompt])).logits[0, -1]
     cold = speaker.speak(prompt, 5, 0.0, 0)
@@ -385,11 +367,18 @@ def test_temperatures_are_for_all_categories_of_the_real_questions(data_dir: Pat
 
 
 def test_the_command_line(
-    artifact: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    chat_artifact: Path, chat_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parser = OneLineParser()
     add_answer(parser)
-    words = ["--model-args", f"pretrained={artifact},selection=none", "--data-dir", str(data), "--limit", "1"]
+    words = [
+        "--model-args",
+        f"pretrained={chat_artifact},selection=none",
+        "--data-dir",
+        str(chat_data),
+        "--limit",
+        "1",
+    ]
     words += ["--out", str(tmp_path), "--max-new-tokens", "4", "--device", "cpu"]
     options = parser.parse_args(words)
     assert run_command(lambda: options.run(options)) == 0

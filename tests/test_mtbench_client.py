@@ -43,6 +43,7 @@ FAULTS = {
     "empty text": Reply(b"", headers={"content-type": "text/plain"}),
     "invalid JSON": Reply(b'{"choices": [{"mess'),
     "no JSON": Reply(b"<html>ok</html>", headers={"content-type": "text/html"}),
+    "JSON too deep": Reply(b"[" * 100_000),
     "null": Reply(b"null"),
     "error with status 200": Reply(b'{"error": {"message": "overloaded"}}'),
     "no choices": Reply(b'{"choices": []}'),
@@ -182,7 +183,9 @@ def test_the_key_is_sent_and_never_written(
     assert judge(base_url=server.url, limit=1) == 0
     assert {asked.headers["authorization"] for asked in server.asked} == {f"Bearer {KEY}"}
     server.answer = lambda asked: fails(400, f"{KEY}")
+    asked = len(server.asked)
     assert judge(base_url=url) == 2
+    assert len(server.asked) > asked
     output = "".join(capsys.readouterr())
     written = [path for path in answers.rglob("*") if path.is_file()]
     assert {"stub_single.jsonl", "stub_single.config.json"} <= {path.name for path in written}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from mtbench_models import build_chat, save_chat, single_threaded, write_questions
+from mtbench_models import save_chat, single_threaded
 from torch import nn
 from transformers import DynamicCache
 
@@ -22,7 +22,7 @@ from decdec_core.model import state_of
 from decdec_eval.mtbench import fidelity as module
 from decdec_eval.mtbench.adapter import open_model
 from decdec_eval.mtbench.answer import answer
-from decdec_eval.mtbench.data import Question, load_questions
+from decdec_eval.mtbench.data import Question
 from decdec_eval.mtbench.fidelity import (
     Turn,
     add_fidelity,
@@ -39,36 +39,14 @@ one_thread = pytest.fixture(single_threaded, autouse=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_chat(tmp_path_factory.mktemp("plain") / "chat")
+def full_args(chat_model_dir: Path) -> str:
+    return f"pretrained={chat_model_dir},method=full"
 
 
 @pytest.fixture(scope="module")
-def artifact(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_chat(model_dir, tmp_path_factory.mktemp("artifacts") / "chat-rtn3")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "mt_bench"
-    write_questions(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def questions(data: Path) -> list[Question]:
-    return load_questions(data)
-
-
-@pytest.fixture(scope="module")
-def full_args(model_dir: Path) -> str:
-    return f"pretrained={model_dir},method=full"
-
-
-@pytest.fixture(scope="module")
-def answers(full_args: str, questions: list[Question], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def answers(full_args: str, chat_questions: list[Question], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("answers")
-    answer(full_args, out, questions, "full", max_new_tokens=TOKENS)
+    answer(full_args, out, chat_questions, "full", max_new_tokens=TOKENS)
     return out
 
 
@@ -82,14 +60,14 @@ def one_by_one(model: Any, turn: Turn) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("compensate", ["auto", "all"])
-@pytest.mark.parametrize("selection", ["none", "static", "exact"])
+@pytest.mark.parametrize("selection", ["none", "static", "random", "dynamic", "exact"])
 def test_states_are_those_of_decoding(
-    selection: str, compensate: str, artifact: Path, questions: list[Question]
+    selection: str, compensate: str, chat_artifact: Path, chat_questions: list[Question]
 ) -> None:
     opened = open_model(
-        f"pretrained={artifact},selection={selection},k_chunk=128,compensate={compensate}", "cpu"
+        f"pretrained={chat_artifact},selection={selection},k_chunk=128,compensate={compensate}", "cpu"
     )
-    turn = Turn(1, opened.chat.prompt([questions[0].turns[0]]), list(b"A few words."))
+    turn = Turn(1, opened.chat.prompt([chat_questions[0].turns[0]]), list(b"A few words."))
     before = state_of(opened.model).compensation
     with torch.no_grad():
         got = opened.model.get_output_embeddings()(answer_states(opened.model, turn))
@@ -98,18 +76,20 @@ def test_states_are_those_of_decoding(
     assert state_of(opened.model).compensation == before
 
 
-def test_prompts_are_compensated_with_all_only(artifact: Path, questions: list[Question]) -> None:
-    texts = [f"pretrained={artifact},selection={more}" for more in ("none", "exact", "exact,compensate=all")]
+def test_prompts_are_compensated_with_all_only(chat_artifact: Path, chat_questions: list[Question]) -> None:
+    texts = [
+        f"pretrained={chat_artifact},selection={more}" for more in ("none", "exact", "exact,compensate=all")
+    ]
     opened = [open_model(text, "cpu") for text in texts]
-    turn = Turn(1, opened[0].chat.prompt([questions[0].turns[0]]), list(b"abc"))
+    turn = Turn(1, opened[0].chat.prompt([chat_questions[0].turns[0]]), list(b"abc"))
     none, decode, everything = (answer_states(each.model, turn) for each in opened)
     torch.testing.assert_close(decode[0], none[0])  # predicted from the prompt
     assert not torch.allclose(decode[1:], none[1:])
     assert not torch.allclose(everything[0], none[0])
 
 
-def test_an_answer_of_one_token_is_predicted_from_the_prompt(artifact: Path) -> None:
-    opened = open_model(f"pretrained={artifact}", "cpu")
+def test_an_answer_of_one_token_is_predicted_from_the_prompt(chat_artifact: Path) -> None:
+    opened = open_model(f"pretrained={chat_artifact}", "cpu")
     longer = answer_states(opened.model, Turn(1, [5, 6], [7, 8]))
     torch.testing.assert_close(answer_states(opened.model, Turn(1, [5, 6], [7])), longer[:1])
 
@@ -140,20 +120,20 @@ def test_error_is_over_conversations() -> None:
 
 
 def test_nearer_configurations_diverge_less(
-    answers: Path, full_args: str, artifact: Path, questions: list[Question], tmp_path: Path
+    answers: Path, full_args: str, chat_artifact: Path, chat_questions: list[Question], tmp_path: Path
 ) -> None:
     out = tmp_path / "fidelity.json"
     configurations = [
-        f"pretrained={artifact},selection=none",
-        f"pretrained={artifact},selection=exact,k_chunk=1024,compensate=all",
+        f"pretrained={chat_artifact},selection=none",
+        f"pretrained={chat_artifact},selection=exact,k_chunk=1024,compensate=all",
         full_args,
     ]
-    result = fidelity(answers, "full", full_args, configurations, out, questions)
+    result = fidelity(answers, "full", full_args, configurations, out, chat_questions)
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     none, everything, full = (run["metrics"] for run in result["runs"])
     tokens = sum(len(turn) for row in rows_of(answers) for turn in row["decdec"]["tokens"])
     assert none["tokens"] == tokens
-    assert none["conversations"] == len(questions)
+    assert none["conversations"] == len(chat_questions)
     assert none["kl"] > 3 * everything["kl"] > 0
     assert none["kl_stderr"] > 0
     assert (full["kl"], full["top1"], full["kl_stderr"]) == (0.0, 1.0, 0.0)
@@ -165,19 +145,19 @@ def test_nearer_configurations_diverge_less(
     assert len(lines) == 7
     assert lines[2].startswith(f"| {configurations[0]} | {none['kl']:.4f} ± {none['kl_stderr']:.4f} | ")
     assert f"| {none['kl']:.4f} ± " in lines[4]  # less by all of it
-    assert lines[-1].startswith(f"{len(questions)} conversations, {tokens} tokens of full")
+    assert lines[-1].startswith(f"{len(chat_questions)} conversations, {tokens} tokens of full")
 
 
 def test_resumes_by_configuration(
     answers: Path,
     full_args: str,
-    artifact: Path,
-    questions: list[Question],
+    chat_artifact: Path,
+    chat_questions: list[Question],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    configurations = [f"pretrained={artifact},selection={name}" for name in ("none", "static", "random")]
-    undisturbed = fidelity(answers, "full", full_args, configurations, tmp_path / "a.json", questions)
+    configurations = [f"pretrained={chat_artifact},selection={name}" for name in ("none", "static", "random")]
+    undisturbed = fidelity(answers, "full", full_args, configurations, tmp_path / "a.json", chat_questions)
     measured: list[str] = []
     measure = module.Full.measure
 
@@ -190,17 +170,17 @@ def test_resumes_by_configuration(
     out = tmp_path / "b.json"
     monkeypatch.setattr(module.Full, "measure", dying)
     with pytest.raises(KeyboardInterrupt):
-        fidelity(answers, "full", full_args, configurations, out, questions)
+        fidelity(answers, "full", full_args, configurations, out, chat_questions)
     assert len(json.loads(out.read_text())["runs"]) == 1
     monkeypatch.setattr(
         module.Full,
         "measure",
         lambda self, opened, label: measured.append(label) or measure(self, opened, label),
     )
-    resumed = fidelity(answers, "full", full_args, configurations, out, questions)
+    resumed = fidelity(answers, "full", full_args, configurations, out, chat_questions)
     assert measured == configurations  # each once, in both runs together
     assert resumed == json.loads(json.dumps(undisturbed))
-    fidelity(answers, "full", full_args, [*configurations, configurations[0]], out, questions)
+    fidelity(answers, "full", full_args, [*configurations, configurations[0]], out, chat_questions)
     assert measured == configurations
 
 
@@ -209,15 +189,15 @@ def rows_of(answers: Path) -> list[dict[str, Any]]:
 
 
 def test_turns_are_the_answers_with_their_prompts(
-    answers: Path, full_args: str, questions: list[Question]
+    answers: Path, full_args: str, chat_questions: list[Question]
 ) -> None:
     chat = open_model(full_args, "cpu").chat
-    turns = turns_of(answers / "model_answer" / "full.jsonl", questions, chat)
-    assert [turn.question_id for turn in turns] == [q.question_id for q in questions for _ in range(2)]
+    turns = turns_of(answers / "model_answer" / "full.jsonl", chat_questions, chat)
+    assert [turn.question_id for turn in turns] == [q.question_id for q in chat_questions for _ in range(2)]
     first = rows_of(answers)[0]
     said = first["choices"][0]["turns"]
     assert [turn.answer for turn in turns[:2]] == first["decdec"]["tokens"]
-    assert turns[1].prompt == chat.prompt([questions[0].turns[0], said[0], questions[0].turns[1]])
+    assert turns[1].prompt == chat.prompt([chat_questions[0].turns[0], said[0], chat_questions[0].turns[1]])
 
 
 def of_another_method(row: dict[str, Any]) -> None:
@@ -255,7 +235,7 @@ def test_refused_answers(
     message: str,
     answers: Path,
     full_args: str,
-    questions: list[Question],
+    chat_questions: list[Question],
     tmp_path: Path,
 ) -> None:
     rows = rows_of(answers)
@@ -263,58 +243,58 @@ def test_refused_answers(
     path = tmp_path / "full.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DecDECError, match=message) as refused:
-        turns_of(path, questions, open_model(full_args, "cpu").chat)
+        turns_of(path, chat_questions, open_model(full_args, "cpu").chat)
     assert "\n" not in str(refused.value)
 
 
 def test_no_answers_and_no_file_are_refused(
-    full_args: str, questions: list[Question], tmp_path: Path
+    full_args: str, chat_questions: list[Question], tmp_path: Path
 ) -> None:
     out = tmp_path / "f.json"
     with pytest.raises(DecDECError, match="reference must be the name of an answer file, got full: no "):
-        fidelity(tmp_path, "full", full_args, [full_args], out, questions)
+        fidelity(tmp_path, "full", full_args, [full_args], out, chat_questions)
     path = tmp_path / "model_answer" / "full.jsonl"
     path.parent.mkdir()
     path.write_text("")
     with pytest.raises(DecDECError, match="must hold answers, got none"):
-        fidelity(tmp_path, "full", full_args, [full_args], out, questions)
+        fidelity(tmp_path, "full", full_args, [full_args], out, chat_questions)
     assert not out.exists()
 
 
 def test_full_args_of_an_artifact_are_refused(
-    answers: Path, artifact: Path, questions: list[Question], tmp_path: Path
+    answers: Path, chat_artifact: Path, chat_questions: list[Question], tmp_path: Path
 ) -> None:
-    args = f"pretrained={artifact}"
+    args = f"pretrained={chat_artifact}"
     with pytest.raises(DecDECError, match="full-args must be with method=full, got dynamic selection"):
-        fidelity(answers, "full", args, [args], tmp_path / "f.json", questions)
+        fidelity(answers, "full", args, [args], tmp_path / "f.json", chat_questions)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"task": {"name": "other"}, "runs": []}'])
 def test_another_tasks_file_is_refused(
-    text: str, answers: Path, full_args: str, questions: list[Question], tmp_path: Path
+    text: str, answers: Path, full_args: str, chat_questions: list[Question], tmp_path: Path
 ) -> None:
     out = tmp_path / "f.json"
     out.write_text(text)
     with pytest.raises(DecDECError, match="out must be a new file or one of this task"):
-        fidelity(answers, "full", full_args, [full_args], out, questions)
+        fidelity(answers, "full", full_args, [full_args], out, chat_questions)
     assert out.read_text() == text
 
 
 def test_a_model_with_other_tokens_is_refused(
-    answers: Path, full_args: str, model_dir: Path, questions: list[Question], tmp_path: Path
+    answers: Path, full_args: str, chat_model_dir: Path, chat_questions: list[Question], tmp_path: Path
 ) -> None:
-    other = shutil.copytree(model_dir, tmp_path / "other")
+    other = shutil.copytree(chat_model_dir, tmp_path / "other")
     save_chat(other, template="{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}")
     args = f"pretrained={other},method=full"
     with pytest.raises(DecDECError, match="must have the full model's tokens and chat template, got others"):
-        fidelity(answers, "full", full_args, [args], tmp_path / "f.json", questions)
+        fidelity(answers, "full", full_args, [args], tmp_path / "f.json", chat_questions)
 
 
 def test_the_command_line(
     answers: Path,
     full_args: str,
-    artifact: Path,
-    data: Path,
+    chat_artifact: Path,
+    chat_data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -323,16 +303,16 @@ def test_the_command_line(
     words = ["--answers", str(answers), "--reference", "full", "--full-args", full_args, "--device", "cpu"]
     words += [
         "--model-args",
-        f"pretrained={artifact}",
+        f"pretrained={chat_artifact}",
         "--model-args",
-        f"pretrained={artifact},selection=none",
+        f"pretrained={chat_artifact},selection=none",
     ]
-    words += ["--out", str(tmp_path / "f.json"), "--data-dir", str(data)]
+    words += ["--out", str(tmp_path / "f.json"), "--data-dir", str(chat_data)]
     options = parser.parse_args(words)
     assert run_command(lambda: options.run(options)) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("| configuration | mean KL")
-    assert captured.out.count(f"| pretrained={artifact}") == 2
+    assert captured.out.count(f"| pretrained={chat_artifact}") == 2
     assert "full precision: 100%" in captured.err
     with pytest.raises(SystemExit):
         parser.parse_args([*words, "--out", str(tmp_path / "no" / "f.json")])

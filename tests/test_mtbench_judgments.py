@@ -109,7 +109,7 @@ def test_a_torn_last_line(torn: str, judge: Judging, server: JudgeServer, answer
 def test_two_writers_are_refused(judge: Judging, answers: Path, capsys: Capture) -> None:
     with JudgmentFile(judgment_path(answers, "stub", "single"), "single"):
         assert judge() == 2
-    assert "must have one judge at a time, got another process at it" in capsys.readouterr().err
+    assert "must be written by one process at a time, got a second" in capsys.readouterr().err
     assert judge() == 0
 
 

@@ -119,7 +119,8 @@ def test_ratings_are_fastchats(judgment: str, fastchat: Any, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    "judgment", ["[[11]]", "[[0]]", "[[0.5]]", "[[10.01]]", "[[100]] or rather [[10]]", "[0]"]
+    "judgment",
+    ["[[11]]", "[[0]]", "[[0.5]]", "[[10.01]]", "[[100]] or rather [[10]]", "[0]", "[[" + "1" * 5000 + "]]"],
 )
 def test_a_rating_outside_1_to_10_is_none(judgment: str) -> None:
     assert rating_of(judgment).score == -1

@@ -244,8 +244,10 @@ def test_the_bundled_predictions_are_what_the_model_says_today(tmp_path: Path) -
 def test_every_bundled_file_can_be_read_and_is_small() -> None:
     assert set(PAPER) <= set(bundled())
     for key in bundled():
-        assert (Path(profiles.__file__).parent / f"{key}.json").stat().st_size < 200_000
-        for profile in read_bundled(key):
+        found = read_bundled(key)
+        # some 350 times measured for each model, bits and format, at 60 bytes
+        assert (Path(profiles.__file__).parent / f"{key}.json").stat().st_size < 25_000 * len(found)
+        for profile in found:
             assert profile.gpu_key == key
             for budget in profile.choices:
                 assert budget.predicted_percent <= budget.target_percent + 1e-3 or not profile.predicted

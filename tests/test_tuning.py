@@ -192,6 +192,11 @@ def test_the_command_predicts_for_quality_and_for_numbers(tiny_artifact_dir: Pat
         (["x", "--shapes", "llama-3-8b"], "tune must have either DIR or --shapes, got both"),
         (["--shapes", "llama-3-8b", "--gpu", "rtx-4090", "--tokens", "-5"], "tokens must be 2"),
         (
+            ["--shapes", "llama-3-8b", "--gpu", "rtx-4090", "--calibration-sequences", "0"],
+            "calibration sequences must be 1",
+        ),
+        (["--shapes", "llama-3-8b", "--gpu", "x"], "or any name with its bandwidths (--memory-gb-s, "),
+        (
             ["--shapes", "llama-3-8b", "--gpu", "h200", "--link-gb-s", "3"],
             "must have a name of its own, got h200",
         ),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from fastchat.conversation import Conversation
 from fastchat.model import model_adapter
 from lm_eval.utils import simple_parse_args_string
@@ -111,6 +112,8 @@ class Opened:
 def open_model(model_args: str, device: str) -> Opened:
     """Return the model of `--model decdec` arguments, loaded by FastChat's load_model onto "cpu" or "cuda".
     What is refused raises DecDECError."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DecDECError("device must be cpu where there is no CUDA device, got cuda")
     chat = chat_format_of(model_args)  # first: what cannot answer need not be loaded
     model, tokenizer = model_adapter.load_model(model_args, device=device)
     model.eval()

@@ -8,7 +8,6 @@ that was left alone.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import re
@@ -16,13 +15,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from decdec_core.config import DecDECError, require_int
 from decdec_core.decode import Decoder, Sampling
+from decdec_core.files import lock
 from decdec_core.fusing import fuse
 from decdec_core.provenance import environment
 from decdec_eval.mtbench.adapter import Opened, arguments_of, open_model
@@ -41,6 +41,9 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 _OTHERWISE = 0.7  # FastChat's, for a category of somebody's own
+# the whole vocabulary as the temperature weighs it, whatever top-k, top-p and penalty a model's
+# generation_config and transformers' defaults (50, in FastChat's run) would bring along
+_DRAWN_FROM = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 # in max_new_tokens: the second answer, and the first as it is read back: a token that is no whole character
 # becomes three, a replacement character's bytes
 _ROOM = 4
@@ -89,12 +92,12 @@ class Speaker:
         ids = torch.tensor([list(prompt)], device=self.model.device)
         options: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
-            # what the model's generation_config says of these is not MT-Bench's
-            options = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+            options = {"do_sample": True, "temperature": sampling.temperature, **_DRAWN_FROM}
         ends: dict[str, Any] = (
             {"eos_token_id": list(self.stop), "pad_token_id": self.stop[0]} if self.stop else {}
         )
-        options |= {"max_new_tokens": max_new_tokens, "repetition_penalty": 1.0, **ends}
+        penalty = _DRAWN_FROM["repetition_penalty"]
+        options |= {"max_new_tokens": max_new_tokens, "repetition_penalty": penalty, **ends}
         done = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         return done[0, len(prompt) :].tolist()
 
@@ -121,8 +124,8 @@ def answer_question(
     """Return {"turns", "tokens", "prompt_tokens", "cut_tokens", "finish", "seeds", "temperature", "time_s"},
     a list of two but for the temperature.
 
-    A prompt that leaves no room for max_new_tokens is cut at its beginning, as FastChat's streaming does it:
-    cut_tokens says by how many tokens. finish: "stop" where the model ended its answer, else "length".
+    A prompt that leaves no room for max_new_tokens is cut at its beginning: cut_tokens says by how many
+    tokens. finish: "stop" where the model ended its answer, else "length".
     """
     temperature = TEMPERATURES.get(question.category, _OTHERWISE)
     messages: list[str] = []
@@ -133,7 +136,7 @@ def answer_question(
         kept = prompt[-(settings.max_length - settings.max_new_tokens) :]
         seed = turn_seed(settings.seed, question.question_id, turn)
         start = time.perf_counter()
-        tokens = speaker.speak(kept, settings.max_new_tokens, temperature, seed)
+        tokens = chat.until_stop(speaker.speak(kept, settings.max_new_tokens, temperature, seed))
         messages.append(chat.answer(tokens))
         rows.append(
             {
@@ -166,7 +169,7 @@ class AnswerFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
         try:
-            _lock(self._file, path)
+            lock(self._file, path)
             rows, length = read_answers(path)
             for row in rows:
                 _require_same(path, self.configuration, row.get("decdec", {}).get("configuration"))
@@ -210,13 +213,6 @@ def read_answers(path: Path) -> tuple[list[dict[str, Any]], int]:
             raise DecDECError(f"{path}: line {number} must be an answer in JSON, got {line[:40]!r}") from None
         rows.append(row)
     return rows, length
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DecDECError(f"{path} must be written by one run at a time, got a second") from None
 
 
 def _require_same(path: Path, wanted: dict[str, Any], got: Any) -> None:
@@ -284,6 +280,7 @@ def answer(
         "ledger": opened.ledger,
         "chat": opened.chat.describe(),
         "settings": asdict(settings),
+        "drawn_from": _DRAWN_FROM,
         "way": speaker.way,
         "questions_sha256": questions_sha256(questions),
     }

@@ -111,7 +111,7 @@ class JudgeClient:
             raise kind(
                 f"judge {self.model} at {self.shown_url} must take the request, got {self._shown(shown)}"
             ) from None
-        except (openai.APIError, ValueError) as error:  # ValueError: a body that is no JSON
+        except (openai.APIError, ValueError, RecursionError) as error:  # the latter two: no JSON, or too deep
             raise _PassingFault(f"no chat completion: {type(error).__name__}: {error}") from None
         return _content(reply)
 

@@ -7,6 +7,7 @@ with it and without a template, such as Vicuna: for any model that it does not k
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import re
 from collections.abc import Collection, Sequence
@@ -49,6 +50,9 @@ _OF_CHAT_MODELS = {
 _OF_FAMILIES = {"deepseek-chat", "llama-2", "mistral", "solar", "TinyLlama", "Yi-34b-chat"}
 _SAYS_CHAT = re.compile(r"chat|instruct", re.IGNORECASE)
 _MARK = "ANSWER"
+# in the place of today's date, which a template may write: answers of another day have the same prompts.
+# A macro, because transformers hands a template no function of its user's.
+_ONE_DATE = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,17 @@ class ChatFormat:
             text = text.partition(stop)[0]
         return text.strip()
 
+    def until_stop(self, tokens: Sequence[int]) -> list[int]:
+        """Return generated `tokens` up to the one with which a stop text is whole; without one, all."""
+
+        def whole(count: int) -> bool:
+            text = self.tokenizer.decode(list(tokens[:count]), skip_special_tokens=True)
+            return any(stop in text for stop in self._stop_texts())
+
+        if not whole(len(tokens)):
+            return list(tokens)
+        return list(tokens[: bisect.bisect_left(range(len(tokens)), True, key=whole)])
+
     def stopped(self, tokens: Sequence[int]) -> bool:
         """Return whether the model ended its answer itself."""
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
@@ -106,8 +121,7 @@ class ChatFormat:
         }
 
     def _stop_texts(self) -> list[str]:
-        stop = None if self.conversation is None else self.conversation.stop_str
-        return [stop] if isinstance(stop, str) else list(stop or [])
+        return [] if self.conversation is None else _stop_texts(self.conversation)
 
 
 def chat_format(tokenizer: Any, eos: int | Collection[int] | None, name: str) -> ChatFormat:
@@ -125,6 +139,9 @@ def chat_format(tokenizer: Any, eos: int | Collection[int] | None, name: str) ->
     else:
         conversation = fastchat_conversation(name)
         ends |= set(conversation.stop_token_ids or ())
+        # a stop text that is a token of its own is seen even where special tokens are left out of a text
+        alone = [tokenizer(text, add_special_tokens=False).input_ids for text in _stop_texts(conversation)]
+        ends |= {ids[0] for ids in alone if len(ids) == 1}
     return ChatFormat(tokenizer, conversation, tuple(sorted(ends)))
 
 
@@ -142,11 +159,19 @@ def fastchat_conversation(name: str) -> Conversation:
     return found
 
 
+def _stop_texts(conversation: Conversation) -> list[str]:
+    stop = conversation.stop_str
+    return [stop] if isinstance(stop, str) else list(stop or [])
+
+
 def _rendered(tokenizer: Any, messages: Sequence[str], system: str = "") -> str:
     turns = [{"role": _ROLES[i % 2], "content": message} for i, message in enumerate(messages)]
     first = [{"role": "system", "content": system}] if system else []
-    options = {"tokenize": False, "add_generation_prompt": len(messages) % 2 == 1}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": len(messages) % 2 == 1}
     try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            options["chat_template"] = _ONE_DATE + template
         return tokenizer.apply_chat_template([*first, *turns], **options)
     except (TemplateError, ValueError) as error:
         raise DecDECError(f"chat template must render user and assistant turns, got {error}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from decdec_core.config import DecDECError
-from decdec_core.files import write_json
+from decdec_core.files import lock, write_json
 
 MODES = ("single", "pair")
 # what tells one judgment of a file from another, and what the judge was asked for it
@@ -41,7 +40,7 @@ class JudgmentFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         try:
-            self._lock()
+            lock(self._file, self.path)
             self._mend_last_line()
             self.records = self._read()
         except BaseException:
@@ -94,14 +93,6 @@ class JudgmentFile:
                 )
         if not runs or runs[-1] != run:
             write_json(path, {**pinned, "runs": [*runs, run]})
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DecDECError(
-                f"{self.path} must have one judge at a time, got another process at it"
-            ) from None
 
     def _mend_last_line(self) -> None:
         self._file.seek(0)

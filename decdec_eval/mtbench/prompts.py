@@ -71,8 +71,10 @@ def rating_of(judgment: str) -> Rating:
     for pattern in _RATINGS:
         found = pattern.search(judgment)
         if found:
-            score = int(found[1]) if found[1].isdigit() else float(found[1])
-            return Rating(score, None) if LOWEST <= score <= HIGHEST else Rating(UNRATED_SCORE, OUTSIDE)
+            score = float(found[1])  # of any length: int refuses thousands of digits
+            if not LOWEST <= score <= HIGHEST:
+                return Rating(UNRATED_SCORE, OUTSIDE)
+            return Rating(int(score) if found[1].isdigit() else score, None)
     return Rating(UNRATED_SCORE, NO_RATING)
 
 

@@ -270,9 +270,10 @@ class Shown:
         )
         if any(row.difference for row in self.scores):
             note += (
-                " Differences are over the answers rated for both models, the same draws for both: an "
-                "interval without 0 is a difference that the questions carry, though of twenty intervals "
-                "about one misses the true value."
+                " Differences are over the answers rated for both models, the same draws for both: of "
+                "all questions an interval without 0 is a difference that they carry, though of twenty "
+                "such intervals about one misses the true value; of a category's 10 more do, and where all "
+                "ten agree the interval has no width and says nothing."
             )
         return note
 
