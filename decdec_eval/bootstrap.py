@@ -78,7 +78,9 @@ class Bootstrap:
         if items < 2:
             return None
         drawn = self.draws(items)
-        means = (drawn @ totals.T) / (drawn @ weights)[:, None]  # (samples, seeds)
+        # equal weights, the usual case, have the same sum in every draw
+        sums = drawn @ weights if np.ptp(weights) else np.full(self.samples, weights.sum())
+        means = (drawn @ totals.T) / sums[:, None]  # (samples, seeds)
         if seeds > 1:
             generator = np.random.default_rng([self.seed, seeds, items])
             chosen = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=self.samples) / seeds

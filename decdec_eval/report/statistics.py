@@ -21,6 +21,8 @@ from decdec_eval.bootstrap import Bootstrap
 from decdec_eval.report.load import CELL, DIAGNOSTICS, FULL, MEANS
 
 AGAINST = ("none", "full")
+SAMPLES = 4000  # the ends of an interval differ by a hundredth of its width or two from draw to draw
+Run = Mapping[str, Any]  # a row of load.read_runs
 _OF_KIND = {"perplexity": ("nll", "kl", "top1"), "fidelity": ("kl", "top1"), "mt_bench": ("score",)}
 _KEPT = [
     *("kind", "task", "model", "dtype", "device", "method", "bits", "expected_percent", "bits_per_weight"),
@@ -50,89 +52,82 @@ def points(runs: pd.DataFrame, bootstrap: Bootstrap | None = None) -> pd.DataFra
     <metric>_stderr (nan where not known), <metric>_vs_none and <metric>_vs_full (a Difference or None); and
     token_perplexity with its error where the metric is nll.
     """
-    bootstrap = bootstrap or Bootstrap()
-    measured = runs[runs.kind != DIAGNOSTICS]
+    bootstrap = bootstrap or Bootstrap(SAMPLES)
+    settings: dict[str, list[Run]] = {}
+    for run in runs[runs.kind != DIAGNOSTICS].to_dict("records"):
+        settings.setdefault(run["setting"], []).append(run)
     rows = []
-    for _, setting in measured.groupby("setting", sort=True):
+    for setting in settings.values():
         names = metric_names(setting)
-        cells = {key: group for key, group in setting.groupby(CELL, dropna=False)}
+        baselines = {(run["base"], run["selection"]): run for run in setting}
+        cells: dict[tuple[str, ...], list[Run]] = {}
+        for run in setting:
+            cells.setdefault(tuple(str(run[name]) for name in CELL), []).append(run)
         for group in cells.values():
-            baselines = {
-                "none": _baseline(setting, str(group.base.iloc[0]), "none"),
-                "full": _baseline(setting, FULL, FULL),
-            }
-            rows.append(_point(group, names, baselines, bootstrap))
-    if not rows:
-        return pd.DataFrame(columns=[*CELL, *_KEPT, "seeds", "metric_names"])
-    found = pd.DataFrame(rows)
-    order = found.selection.map(SELECTIONS.index)
-    full_first = found.base.ne(FULL)
-    found = found.assign(order=order, quantized=full_first)
-    found = found.sort_values(
-        ["setting", "quantized", "method", "bits", "base", "axis", "order", "level", "k_chunk", "predicted"],
-        kind="stable",
-        ignore_index=True,
+            against = {"none": baselines.get((group[0]["base"], "none")), "full": baselines.get((FULL, FULL))}
+            rows.append(_point(group, names, against, bootstrap))
+    rows.sort(key=_order)
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*CELL, *_KEPT, "seeds", "metric_names"])
+
+
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    quantized = row["base"] != FULL
+    base = (quantized, row["method"], row["bits"] if quantized else 0.0, row["base"])
+    level = (math.isnan(row["level"]), 0.0 if math.isnan(row["level"]) else row["level"])
+    return (
+        (row["setting"], *base, row["axis"], SELECTIONS.index(row["selection"]))
+        + level
+        + (row["k_chunk"], row["predicted"], row["compensate"], row["n_tb"])
     )
-    return found.drop(columns=["order", "quantized"])
 
 
-def metric_names(setting: pd.DataFrame) -> list[str]:
+def metric_names(setting: Sequence[Run]) -> list[str]:
     """Return what is compared in a setting: the metrics of its kind, or of an lm-eval task all that its runs
     share."""
-    kind = setting.kind.iloc[0]
+    kind = setting[0]["kind"]
     if kind in _OF_KIND:
         return list(_OF_KIND[kind])
-    shared = set.intersection(*(set(_numbers(metrics)) for metrics in setting.metrics))
+    shared = set.intersection(*(_numbers(run["metrics"]) for run in setting))
     if not shared:
-        files = ", ".join(setting.file)
-        raise DecDECError(f"runs of task {setting.task.iloc[0]} must share a metric, got none in {files}")
+        files = ", ".join(run["file"] for run in setting)
+        raise DecDECError(f"runs of task {setting[0]['task']} must share a metric, got none in {files}")
     return sorted(shared)
 
 
-def _numbers(metrics: Mapping[str, Any]) -> list[str]:
-    return [
+def _numbers(metrics: Mapping[str, Any]) -> set[str]:
+    return {
         name
         for name, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and not name.endswith("_stderr")
-    ]
-
-
-def _baseline(setting: pd.DataFrame, base: str, selection: str) -> pd.Series | None:
-    found = setting[(setting.base == base) & (setting.selection == selection)]
-    return found.iloc[0] if len(found) else None
+    }
 
 
 def _point(
-    group: pd.DataFrame,
-    names: Sequence[str],
-    baselines: Mapping[str, pd.Series | None],
-    bootstrap: Bootstrap,
+    group: Sequence[Run], names: Sequence[str], baselines: Mapping[str, Run | None], bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    first = group.iloc[0]
-    row: dict[str, Any] = {name: first[name] for name in [*CELL, *_KEPT]}
+    row: dict[str, Any] = {name: group[0][name] for name in [*CELL, *_KEPT]}
     row |= {
         "seeds": len(group),
         "metric_names": tuple(names),
-        "commands": tuple(sorted({command for command in group.command if command})),
-        "files": tuple(group.file),
+        "commands": tuple(sorted({run["command"] for run in group if run["command"]})),
+        "files": tuple(run["file"] for run in group),
     }
     for name in names:
         row[name], row[f"{name}_stderr"] = value_of(group, name)
         for which, baseline in baselines.items():
-            itself = baseline is not None and baseline.file in tuple(group.file)
-            found = None if baseline is None or itself else difference(group, baseline, name, bootstrap)
-            row[f"{name}_vs_{which}"] = found
+            itself = baseline is None or baseline["file"] in row["files"]
+            row[f"{name}_vs_{which}"] = None if itself else difference(group, baseline, name, bootstrap)
     if "nll" in names:
         row["token_perplexity"] = math.exp(row["nll"])
         row["token_perplexity_stderr"] = row["token_perplexity"] * row["nll_stderr"]
     return row
 
 
-def value_of(group: pd.DataFrame, name: str) -> tuple[float, float]:
+def value_of(group: Sequence[Run], name: str) -> tuple[float, float]:
     """Return a metric's mean over the seeds of `group` and its standard error; nan for what is not known."""
     key = MEANS.get(name, name)
-    each = [_float(metrics.get(key)) for metrics in group.metrics]
-    given = [_float(metrics.get(f"{key}_stderr")) for metrics in group.metrics]
+    each = [_float(run["metrics"].get(key)) for run in group]
+    given = [_float(run["metrics"].get(f"{key}_stderr")) for run in group]
     mean = math.fsum(each) / len(each)
     if len(each) == 1:
         return mean, given[0]
@@ -142,17 +137,16 @@ def value_of(group: pd.DataFrame, name: str) -> tuple[float, float]:
     return mean, math.hypot(over_items, over_seeds)
 
 
-def items_of(group: pd.DataFrame, name: str) -> tuple[np.ndarray | None, np.ndarray]:
+def items_of(group: Sequence[Run], name: str) -> tuple[np.ndarray | None, np.ndarray]:
     """Return a metric's values, (seeds, items), and the items' weights; None where a run has no such items.
     Seeds of other items than each other's raise DecDECError."""
-    found = [items["values"].get(name) if items else None for items in group["items"]]
-    if any(values is None or not len(values) for values in found):
+    found = [run["items"]["values"].get(name) if run["items"] else None for run in group]
+    if not all(found):
         return None, np.empty(0)
-    first = group.iloc[0]
-    for other in group.itertuples():
-        _require_same_items(first["items"], other.items, (first.file, other.file))
+    for other in group[1:]:
+        _require_same_items(group[0], other)
     matrix = np.array(found, dtype=float)
-    weights = first["items"].get("weights")
+    weights = group[0]["items"].get("weights")
     return matrix, np.ones(matrix.shape[1]) if weights is None else np.array(weights, dtype=float)
 
 
@@ -173,18 +167,16 @@ def _known(matrix: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndar
     return matrix[:, known], weights[known]
 
 
-def difference(
-    group: pd.DataFrame, baseline: pd.Series, name: str, bootstrap: Bootstrap
-) -> Difference | None:
-    """Return how much more `group` has of a metric than `baseline` on the same items, those without a value
-    for either left out; None where items are not known. Other items raise DecDECError."""
+def difference(group: Sequence[Run], baseline: Run, name: str, bootstrap: Bootstrap) -> Difference | None:
+    """Return how much more `group`, the seeds of a cell, has of a metric than `baseline` on the same items,
+    those without a value for either left out; None where items are not known. Other items raise
+    DecDECError."""
     matrix, weights = items_of(group, name)
-    items = baseline["items"]
-    other = items["values"].get(name) if items else None
-    if matrix is None or not other:
+    other, _ = items_of([baseline], name)
+    if matrix is None or other is None:
         return None
-    _require_same_items(items, group["items"].iloc[0], (baseline.file, group.file.iloc[0]))
-    changes, weights = _known(matrix - np.array(other, dtype=float), weights)
+    _require_same_items(baseline, group[0])
+    changes, weights = _known(matrix - other, weights)
     if not changes.size:
         return None
     mean = float((changes * weights).sum() / (weights.sum() * len(changes)))
@@ -192,11 +184,11 @@ def difference(
     return Difference(mean, low, high)
 
 
-def _require_same_items(one: Mapping[str, Any], other: Mapping[str, Any], files: Sequence[str]) -> None:
-    if one["ids"] != other["ids"]:
+def _require_same_items(one: Run, other: Run) -> None:
+    if one["items"]["ids"] != other["items"]["ids"]:
         raise DecDECError(
-            f"runs of one task must have the same {one.get('unit', 'item')}s in the same order, "
-            f"got others in {files[1]} than in {files[0]}"
+            f"runs of one task must have the same {one['items'].get('unit', 'item')}s in the same order, "
+            f"got others in {other['file']} than in {one['file']}"
         )
 
 
