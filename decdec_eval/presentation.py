@@ -26,6 +26,8 @@ STYLE = {
     "exact": ("#009E73", "exact top-k"),
 }
 MARKER = {"random": "v", "static": "s", "dynamic": "o", "exact": "x"}
+_ROUNDING = 1e-9
+_NORMAL_95 = 1.96  # standard errors on either side
 METHOD_NAMES = {"rtn": "RTN", "awq": "AWQ", "squeezellm": "SqueezeLLM", "gptq": "GPTQ"}
 
 
@@ -40,8 +42,25 @@ def with_error(value: float | None, error: float | None) -> str:
         return ""
     if error is None or math.isnan(error) or error == 0:
         return f"{value:.4g}"
-    digits = max(0, 1 - math.floor(math.log10(error)))
+    digits = _digits(error)
     return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """Return "-0.27 [-0.29, -0.25]", with "holds 0" where the 95 % interval does, and with as many digits as
+    with_error gives; without an interval (nan), four figures."""
+    if math.isnan(low) or math.isnan(high):
+        return f"{value:.4g}"
+    if high - low <= _ROUNDING * abs(value):  # all items differ alike
+        return f"{value:.4g}" + ("" if value else ", holds 0")
+    digits = _digits((high - low) / (2 * _NORMAL_95))
+    shown = [f"{each + 0.0:.{digits}f}" for each in (value, low, high)]
+    holds = ", holds 0" if low <= 0 <= high else ""
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]{holds}"
+
+
+def _digits(error: float) -> int:
+    return max(0, 1 - math.floor(math.log10(error)))
 
 
 def paired(values: Sequence[float], baseline: Sequence[float] | None) -> tuple[float | None, float | None]:

@@ -26,7 +26,7 @@ Run = Mapping[str, Any]  # a row of load.read_runs
 _OF_KIND = {"perplexity": ("nll", "kl", "top1"), "fidelity": ("kl", "top1"), "mt_bench": ("score",)}
 _KEPT = [
     *("kind", "task", "model", "dtype", "device", "method", "bits", "expected_percent", "bits_per_weight"),
-    *("gpu_bytes", "host_bytes", "bytes_per_token", "disk_bytes"),
+    *("gpu_bytes", "host_bytes", "bytes_per_token", "disk_bytes", "hardware", "commit", "versions"),
 ]
 SELECTIONS = ("full", "none", "random", "static", "dynamic", "exact")
 
@@ -45,10 +45,10 @@ class Difference:
 
 
 def points(runs: pd.DataFrame, bootstrap: Bootstrap | None = None) -> pd.DataFrame:
-    """Return one row per cell of `runs` (of load.read_runs; diagnostics are left out), sorted by setting, base
-    and selection.
+    """Return one row per cell of `runs` (of load.read_runs; diagnostics are left out), sorted by setting,
+    base and selection.
 
-    Beside what the cell is: seeds, their number; commands, files; metric_names; for each metric its value,
+    Beside what the cell is: seeds, their number; unit and item_count; commands, files; metric_names; for each metric its value,
     <metric>_stderr (nan where not known), <metric>_vs_none and <metric>_vs_full (a Difference or None); and
     token_perplexity with its error where the metric is nll.
     """
@@ -73,12 +73,9 @@ def points(runs: pd.DataFrame, bootstrap: Bootstrap | None = None) -> pd.DataFra
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
     quantized = row["base"] != FULL
     base = (quantized, row["method"], row["bits"] if quantized else 0.0, row["base"])
-    level = (math.isnan(row["level"]), 0.0 if math.isnan(row["level"]) else row["level"])
-    return (
-        (row["setting"], *base, row["axis"], SELECTIONS.index(row["selection"]))
-        + level
-        + (row["k_chunk"], row["predicted"], row["compensate"], row["n_tb"])
-    )
+    level = math.inf if math.isnan(row["level"]) else row["level"]
+    point = (row["axis"], SELECTIONS.index(row["selection"]), level, row["k_chunk"], row["predicted"])
+    return (row["setting"], *base, *point, row["compensate"], row["n_tb"])
 
 
 def metric_names(setting: Sequence[Run]) -> list[str]:
@@ -106,8 +103,11 @@ def _point(
     group: Sequence[Run], names: Sequence[str], baselines: Mapping[str, Run | None], bootstrap: Bootstrap
 ) -> dict[str, Any]:
     row: dict[str, Any] = {name: group[0][name] for name in [*CELL, *_KEPT]}
+    items = group[0]["items"] or {}
     row |= {
         "seeds": len(group),
+        "unit": items.get("unit") or "",
+        "item_count": len(items["ids"]) if items else math.nan,
         "metric_names": tuple(names),
         "commands": tuple(sorted({run["command"] for run in group if run["command"]})),
         "files": tuple(run["file"] for run in group),
