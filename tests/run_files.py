@@ -135,7 +135,8 @@ def _perplexity(loss: float, compensation: Compensation | None, items: int) -> t
     draw = _draw("nll", loss, compensation)
     nll = text + loss + draw.normal(0, 0.02 * (1 + loss), items) * (loss > 0)
     kl = loss * np.exp(np.random.default_rng(2).normal(0, 0.1, items))
-    top1 = np.clip(1 - 0.35 * loss + _draw("top1", loss, compensation).normal(0, 0.01, items) * (loss > 0), 0, 1)
+    noise = _draw("top1", loss, compensation).normal(0, 0.01, items) * (loss > 0)
+    top1 = np.clip(1 - 0.35 * loss + noise, 0, 1)
     metrics = {"mean_nll": _mean(nll), "kl": _mean(kl), "top1": _mean(top1)}
     metrics["token_perplexity"] = (math.exp(metrics["mean_nll"][0]), math.nan)
     metrics["token_perplexity"] = tuple(
@@ -157,7 +158,8 @@ def _bbh(loss: float, compensation: Compensation | None, items: int) -> tuple[di
 def _fidelity(loss: float, compensation: Compensation | None, items: int) -> tuple[dict, dict]:
     weights = np.random.default_rng(5).integers(100, 2000, items).astype(float)
     kl = loss * 0.6 * np.exp(_draw("kl", loss, compensation).normal(0, 0.3, items))
-    top1 = np.clip(1 - 0.18 * loss + _draw("same", loss, compensation).normal(0, 0.02, items) * (loss > 0), 0, 1)
+    noise = _draw("same", loss, compensation).normal(0, 0.02, items) * (loss > 0)
+    top1 = np.clip(1 - 0.18 * loss + noise, 0, 1)
     metrics = _flat({"kl": _mean(kl, weights), "top1": _mean(top1, weights)})
     return metrics, _items("conversation", items, {"kl": kl, "top1": top1}, weights)
 

@@ -93,7 +93,7 @@ def _curves(points: pd.DataFrame, axis: str, method: str, title: str) -> Drawn:
     metrics = ["token_perplexity", "kl"] if axis == "k_chunk" else ["token_perplexity"]
     metrics = [metric for metric in metrics if points[metric].notna().any()]
     bases = [base for base in _bases(points) if (points[points.base == base].axis == axis).any()]
-    figure, panels = _panels(len(metrics), len(bases))
+    figure, panels = panels_of(len(metrics), len(bases))
     for row, metric in enumerate(metrics):
         for place, base in enumerate(bases):
             axes = panels[row][place]
@@ -104,7 +104,7 @@ def _curves(points: pd.DataFrame, axis: str, method: str, title: str) -> Drawn:
                 axes.set_xlabel(_x_label(points, axis))
         panels[row][0].set_ylabel(_y_label(metric))
     name = f"{title}, {METHOD_NAMES.get(method, method)}, {axis_title(axis)}"
-    _finish(figure, panels, name)
+    finish(figure, panels, name)
     return Drawn(slug(name), name, _curves_caption(points, axis), figure, _commands(points))
 
 
@@ -131,7 +131,7 @@ def _curves_caption(points: pd.DataFrame, axis: str) -> str:
             "the slowdown is the one asked for, which the table compares with what came of it"
         )
         if points.predicted.any():
-            words.append("dashed lines and hollow points: predicted slowdowns, by an analytic model of the GPU")
+            words.append("dashed and hollow: predicted slowdowns, by an analytic model of the GPU")
     return "; ".join(words) + "."
 
 
@@ -148,9 +148,18 @@ def _draw_curves(axes: Any, points: pd.DataFrame, metric: str, axis: str) -> Non
         axes.fill_between(
             rows.level, [low for low, _ in bands], [high for _, high in bands], color=colour, alpha=0.18, lw=0
         )
-        style = "--" if rows.predicted.all() else "-"
-        axes.plot(rows.level, rows[metric], color=colour, linestyle=style, label=label, **_LINE)
-        _markers(axes, rows, metric, selection)
+        predicted = bool(rows.predicted.all())
+        style = {"linestyle": "--" if predicted else "-", "markerfacecolor": "white" if predicted else None}
+        axes.plot(
+            *(rows.level, rows[metric]), color=colour, marker=MARKER[selection], label=label, **style, **_LINE
+        )
+        if rows.predicted.nunique() > 1:
+            hollow = rows[rows.predicted]
+            axes.plot(
+                *(hollow.level, hollow[metric]),
+                **{**_LINE, "linestyle": "", "color": colour, "marker": MARKER[selection]},
+                markerfacecolor="white",
+            )
         if few or (axis == "k_chunk" and selection == "dynamic"):
             _print_values(axes, rows.level, rows[metric], metric, below=selection in ("dynamic", "exact"))
     if axis == "k_chunk":
@@ -161,11 +170,11 @@ def _draw_curves(axes: Any, points: pd.DataFrame, metric: str, axis: str) -> Non
         _draw_front(axes, points, own, metric, few)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
     axes.minorticks_off()
-    axes.margins(y=0.12)
+    axes.margins(x=0.1, y=0.12)
 
 
-def _levels(axes: Any, points: pd.DataFrame, metric: str) -> None:
-    """Draw full precision and none as levels, with their values."""
+def _levels(axes: Any, points: pd.DataFrame, metric: str, left: bool = False) -> None:
+    """Draw full precision and none as levels, with their values at the right end, or at the left."""
     for name in ("none", FULL):
         for level in points[points.selection == name][metric].dropna():
             if name == FULL and metric in ("kl", "top1"):
@@ -174,27 +183,14 @@ def _levels(axes: Any, points: pd.DataFrame, metric: str) -> None:
             axes.axhline(level, color=colour, linestyle=":", linewidth=1.2, label=label, zorder=1)
             axes.annotate(
                 _short(level, metric),
-                (0.99, level),
+                (0.01 if left else 0.99, level),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 xytext=(0, 2),
-                ha="right",
+                ha="left" if left else "right",
                 fontsize=7,
                 color="#555555",
             )
-
-
-def _markers(axes: Any, rows: pd.DataFrame, metric: str, selection: str) -> None:
-    for predicted, part in rows.groupby("predicted"):
-        axes.plot(
-            part.level,
-            part[metric],
-            color=STYLE[selection][0],
-            marker=MARKER[selection],
-            markerfacecolor="white" if predicted else None,
-            linestyle="",
-            markersize=_LINE["markersize"],
-        )
 
 
 def _band(row: Mapping[str, Any], points: pd.DataFrame, metric: str) -> tuple[float, float]:
@@ -281,11 +277,11 @@ def _against_bits(points: pd.DataFrame, method: str, title: str) -> Drawn:
     """Draw perplexity and KL against bits per weight and against GPU memory, by selection."""
     chosen, point = _at_common_point(points)
     metrics = [metric for metric in ("token_perplexity", "kl") if chosen[metric].notna().any()]
-    figure, panels = _panels(len(metrics), len(_BITS), width=4.2)
+    figure, panels = panels_of(len(metrics), len(_BITS), width=4.2)
     for row, metric in enumerate(metrics):
         for axes, (column, label) in zip(panels[row], _BITS, strict=True):
             scale = 1e-6 if column == "gpu_bytes" else 1.0
-            _levels(axes, chosen[chosen.base == FULL], metric)
+            _levels(axes, chosen[chosen.base == FULL], metric, left=True)
             for selection in SELECTIONS[1:]:
                 rows = chosen[(chosen.selection == selection) & chosen[column].notna()].sort_values(column)
                 if len(rows):
@@ -300,7 +296,7 @@ def _against_bits(points: pd.DataFrame, method: str, title: str) -> Drawn:
                 axes.set_xlabel(label)
         panels[row][0].set_ylabel(_y_label(metric))
     name = f"{title}, {METHOD_NAMES.get(method, method)}, by bits and memory"
-    _finish(figure, panels, f"{name}; {point}")
+    finish(figure, panels, f"{name}; {point}")
     caption = f"Compensated points are those at {point}; their residuals are in host memory."
     return Drawn(slug(name), name, caption, figure, _commands(chosen))
 
@@ -312,7 +308,7 @@ def _bars(points: pd.DataFrame, title: str) -> Drawn:
     bases = _bases(chosen)
     shown = [s for s in SELECTIONS[1:] if (chosen.selection == s).any()]
     width = 0.8 / max(1, len(shown))
-    figure, panels = _panels(len(metrics), 1, width=max(5.5, 0.27 * len(bases) * len(shown) + 1.5))
+    figure, panels = panels_of(len(metrics), 1, width=max(5.5, 0.27 * len(bases) * len(shown) + 1.5))
     for (axes,), metric in zip(panels, metrics, strict=True):
         _levels(axes, chosen[chosen.base == FULL], metric)
         for number, selection in enumerate(shown):
@@ -337,7 +333,7 @@ def _bars(points: pd.DataFrame, title: str) -> Drawn:
         axes.set_xticks(range(len(bases)), bases, fontsize=8)
         axes.margins(y=0.12)
         axes.set_ylabel(_y_label(metric))
-    _finish(figure, panels, f"{title}; {point}")
+    finish(figure, panels, f"{title}; {point}")
     hatched = " Hatched: at a predicted slowdown." if chosen.predicted.any() else ""
     caption = f"Compensated bars are those at {point}; error bars are one standard error.{hatched}"
     return Drawn(slug(f"{title}, bars"), title, caption, figure, _commands(chosen))
@@ -348,12 +344,13 @@ def _y_label(metric: str) -> str:
     return f"{metric_title(metric)}\n({better} is better)"
 
 
-def _panels(rows: int, columns: int, width: float = 3.4) -> tuple[Figure, Any]:
+def panels_of(rows: int, columns: int, width: float = 3.4) -> tuple[Figure, Any]:
+    """Return a figure and its panels, (rows, columns); `width` inches a column."""
     size = (max(6.0, width * columns + 0.6), 2.9 * rows + 1.1)
     return plt.subplots(rows, columns, figsize=size, sharex="col", squeeze=False, layout="constrained")
 
 
-def _finish(figure: Figure, panels: Any, title: str) -> None:
+def finish(figure: Figure, panels: Any, title: str) -> None:
     """Give a figure its title and one legend for all of its panels."""
     labels: dict[str, Any] = {}
     for axes in panels.flat:
@@ -362,6 +359,7 @@ def _finish(figure: Figure, panels: Any, title: str) -> None:
         handles, names = axes.get_legend_handles_labels()
         for handle, name in zip(handles, names, strict=True):
             labels.setdefault(name, handle)
-    columns = max(2, min(len(labels), int(figure.get_figwidth() / 1.7)))
+    lines = math.ceil(len(labels) / max(2, int(figure.get_figwidth() / 1.6)))
+    columns = math.ceil(len(labels) / lines) if labels else 1
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     figure.suptitle(title, fontsize=10).set_parse_math(False)

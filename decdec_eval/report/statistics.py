@@ -48,9 +48,9 @@ def points(runs: pd.DataFrame, bootstrap: Bootstrap | None = None) -> pd.DataFra
     """Return one row per cell of `runs` (of load.read_runs; diagnostics are left out), sorted by setting,
     base and selection.
 
-    Beside what the cell is: seeds, their number; unit and item_count; commands, files; metric_names; for each metric its value,
-    <metric>_stderr (nan where not known), <metric>_vs_none and <metric>_vs_full (a Difference or None); and
-    token_perplexity with its error where the metric is nll.
+    Beside what the cell is: seeds, their number; unit and item_count; commands, files; metric_names; for each
+    metric its value, <metric>_stderr (nan where not known), <metric>_vs_none and <metric>_vs_full (a
+    Difference or None); and token_perplexity with its error where the metric is nll.
     """
     bootstrap = bootstrap or Bootstrap(SAMPLES)
     settings: dict[str, list[Run]] = {}
@@ -95,7 +95,7 @@ def _numbers(metrics: Mapping[str, Any]) -> set[str]:
     return {
         name
         for name, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and not name.endswith("_stderr")
+        if isinstance(value, int | float) and not isinstance(value, bool) and "_stderr" not in name
     }
 
 
@@ -127,7 +127,8 @@ def value_of(group: Sequence[Run], name: str) -> tuple[float, float]:
     """Return a metric's mean over the seeds of `group` and its standard error; nan for what is not known."""
     key = MEANS.get(name, name)
     each = [_float(run["metrics"].get(key)) for run in group]
-    given = [_float(run["metrics"].get(f"{key}_stderr")) for run in group]
+    metric, comma, filtered = key.partition(",")  # lm-eval's "exact_match,strict-match"
+    given = [_float(run["metrics"].get(f"{metric}_stderr{comma}{filtered}")) for run in group]
     mean = math.fsum(each) / len(each)
     if len(each) == 1:
         return mean, given[0]
@@ -138,16 +139,29 @@ def value_of(group: Sequence[Run], name: str) -> tuple[float, float]:
 
 
 def items_of(group: Sequence[Run], name: str) -> tuple[np.ndarray | None, np.ndarray]:
-    """Return a metric's values, (seeds, items), and the items' weights; None where a run has no such items.
-    Seeds of other items than each other's raise DecDECError."""
-    found = [run["items"]["values"].get(name) if run["items"] else None for run in group]
-    if not all(found):
+    """Return a metric's values, (runs, items), and the items' weights, the least of the runs'; None where a
+    run has no such items.
+
+    Runs of other items than each other's raise DecDECError, but for scores of a judge, who may have left some
+    answers unrated: of those, what all runs have.
+    """
+    if not all(run["items"] and run["items"]["values"].get(name) for run in group):
         return None, np.empty(0)
-    for other in group[1:]:
-        _require_same_items(group[0], other)
-    matrix = np.array(found, dtype=float)
-    weights = group[0]["items"].get("weights")
-    return matrix, np.ones(matrix.shape[1]) if weights is None else np.array(weights, dtype=float)
+    every = [run["items"] for run in group]
+    ids = every[0]["ids"]
+    if group[0]["kind"] == "mt_bench":
+        ids = [item for item in ids if all(item in items["ids"] for items in every)]
+    else:
+        for other in group[1:]:
+            _require_same_items(group[0], other)
+    places = [{item: place for place, item in enumerate(items["ids"])} for items in every]
+    given = [items.get("weights") or [1.0] * len(items["ids"]) for items in every]
+
+    def of(rows: Sequence[Sequence[float]]) -> np.ndarray:
+        picked = [[row[at[item]] for item in ids] for row, at in zip(rows, places, strict=True)]
+        return np.array(picked, dtype=float).reshape(len(rows), len(ids))
+
+    return of([items["values"][name] for items in every]), of(given).min(axis=0)
 
 
 def _stderr(matrix: np.ndarray, weights: np.ndarray) -> float:
@@ -171,12 +185,10 @@ def difference(group: Sequence[Run], baseline: Run, name: str, bootstrap: Bootst
     """Return how much more `group`, the seeds of a cell, has of a metric than `baseline` on the same items,
     those without a value for either left out; None where items are not known. Other items raise
     DecDECError."""
-    matrix, weights = items_of(group, name)
-    other, _ = items_of([baseline], name)
-    if matrix is None or other is None:
+    matrix, weights = items_of([*group, baseline], name)
+    if matrix is None:
         return None
-    _require_same_items(baseline, group[0])
-    changes, weights = _known(matrix - other, weights)
+    changes, weights = _known(matrix[:-1] - matrix[-1], weights)
     if not changes.size:
         return None
     mean = float((changes * weights).sum() / (weights.sum() * len(changes)))
