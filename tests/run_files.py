@@ -97,7 +97,7 @@ def run(
         "budget": budget.to_dict() if budget else None,
         "dtype": "float32",
         "device": "cuda",
-        "task": TASKS[task],
+        "task": dict(TASKS[task]),
         "versions": VERSIONS,
     }
     metrics, values = _MEASURED[task](loss, compensation, items)

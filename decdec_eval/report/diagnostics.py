@@ -18,6 +18,7 @@ from decdec_eval.report.statistics import SELECTIONS
 from decdec_eval.report.tables import Cell, Table, slug
 
 _SHOWN = {"recall": "recall of exact's channels", "energy_left": "error energy left"}
+_MAP = "#0072B2"  # of the same palette, and no selection's
 _ALWAYS = 0.5  # of the steps: a channel that is an outlier in as many is marked
 
 
@@ -116,11 +117,10 @@ def _draw_outliers(outliers: Mapping[str, Any], title: str, name: str, run: Mapp
     channels = [channel for channels in top for channel in channels]
     often = [c for c, count in sorted(Counter(channels).items()) if count >= _ALWAYS * len(top)]
     figure, axes = plt.subplots(figsize=(8.0, 4.6), layout="constrained")
-    colour = STYLE["dynamic"][0]
-    axes.scatter(steps, channels, s=5, marker="s", linewidths=0, color=colour, label="in some steps")
+    axes.scatter(steps, channels, s=5, marker="s", linewidths=0, color=_MAP, label="in some steps")
     fixed = [(step, channel) for step, channel in zip(steps, channels, strict=True) if channel in often]
     if fixed:
-        label = f"in at least {_ALWAYS:.0%} of the steps"
+        label = f"in at least {100 * _ALWAYS:g} % of the steps"
         axes.scatter(*zip(*fixed, strict=True), s=5, marker="s", linewidths=0, color="#000000", label=label)
     axes.set_xlim(-1, len(top))
     axes.set_ylim(-0.01 * outliers["in_features"], 1.01 * outliers["in_features"])

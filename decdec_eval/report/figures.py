@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from decdec_eval.presentation import MARKER, METHOD_NAMES, STYLE, save_figure
 from decdec_eval.report.load import FULL
 from decdec_eval.report.statistics import SELECTIONS, pareto
-from decdec_eval.report.tables import LOWER_IS_BETTER, axis_title, metric_title, slug, title_of
+from decdec_eval.report.tables import LOWER_IS_BETTER, axis_title, metric_title, slug
 
 _FEW = 12  # values that have room beside their points
 _LINE = {"linewidth": 1.5, "markersize": 5}
@@ -45,7 +44,7 @@ class Picture:
     commands: tuple[str, ...]
 
 
-def write_figures(folder: Path, drawn: Iterator[Drawn]) -> list[Picture]:
+def write_figures(folder: Path, drawn: Iterable[Drawn]) -> list[Picture]:
     """Write NAME.svg and NAME.png of each figure to `folder`, made where it is not; return the former."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
@@ -57,23 +56,21 @@ def write_figures(folder: Path, drawn: Iterator[Drawn]) -> list[Picture]:
     return pictures
 
 
-def figures_of(points: pd.DataFrame) -> Iterator[Drawn]:
-    """Yield the figures of each setting: of perplexity curves, of other tasks bars."""
-    for setting, group in points.groupby("setting", sort=True):
-        title = title_of(json.loads(str(setting)))
-        compensated = group[group.axis != ""]
-        if group.kind.iloc[0] != "perplexity":
-            if group.base.ne(FULL).any():
-                yield _bars(group, title)
-            continue
-        for axis in sorted(set(compensated[compensated.level.notna()].axis)):
-            part = group[(group.axis == axis) & group.level.notna() | (group.axis == "")]
-            for method in _methods(part[part.axis == axis]):
-                yield _curves(part[part.method.isin([method, FULL])], axis, method, title)
-        for method in _methods(group):
-            own = group[group.method.isin([method, FULL])]
-            if own[own.base != FULL].bits.nunique() > 1:
-                yield _against_bits(own, method, title)
+def figures_of(points: pd.DataFrame, title: str) -> Iterator[Drawn]:
+    """Yield the figures of one setting: of perplexity curves, of other tasks bars."""
+    if points.kind.iloc[0] != "perplexity":
+        if points.base.ne(FULL).any():
+            yield _bars(points, title)
+        return
+    stated = points[(points.axis != "") & points.level.notna()]
+    for axis in sorted(set(stated.axis)):
+        part = pd.concat([stated[stated.axis == axis], points[points.axis == ""]])
+        for method in _methods(part[part.axis == axis]):
+            yield _curves(part[part.method.isin([method, FULL])], axis, method, title)
+    for method in _methods(points):
+        own = points[points.method.isin([method, FULL])]
+        if own[own.base != FULL].bits.nunique() > 1:
+            yield _against_bits(own, method, title)
 
 
 def _methods(points: pd.DataFrame) -> list[str]:

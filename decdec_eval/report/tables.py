@@ -26,6 +26,7 @@ METRIC_NAMES = {
     "score": "score",
     "exact_match": "exact match",
 }
+_LONGEST = 12  # characters of an argument in a title
 LOWER_IS_BETTER = ("token_perplexity", "nll", "kl")
 # what a table shows: the metric, and to what it is compared
 _SHOWN: dict[str, list[tuple[str, tuple[str, ...]]]] = {
@@ -58,25 +59,32 @@ class Table:
     commands: tuple[str, ...] = ()
 
 
-def tables_of(points: pd.DataFrame) -> list[Table]:
-    """Return a table for each setting and each axis on which its compensation is stated: k_chunk, or the
-    slowdown on a GPU. Each has full precision and the bases without compensation besides."""
-    found: list[Table] = []
-    for setting, group in points.groupby("setting", sort=True):
-        axes = [axis for axis in sorted(set(group.axis)) if axis] or [""]
-        for axis in axes:
-            rows = group[group.axis.isin(["", axis])]
-            table = _table(json.loads(str(setting)), axis, rows)
-            found.append(_renamed(table, {other.name for other in found}))
+def tables_of(points: pd.DataFrame, title: str) -> list[Table]:
+    """Return a table of the points of one setting for each axis on which its compensation is stated: k_chunk,
+    or the slowdown on a GPU. Each has full precision and the bases without compensation besides."""
+    axes = [axis for axis in sorted(set(points.axis)) if axis] or [""]
+    return [_table(points[points.axis.isin(["", axis])], title, axis) for axis in axes]
+
+
+def titles_of(settings: Sequence[str]) -> dict[str, str]:
+    """Return what each setting compares, "smollm2, perplexity on wikitext2, float32, cuda", with the
+    arguments of the task by which several would otherwise be named alike."""
+    titles = {setting: _title(json.loads(setting)) for setting in sorted(settings)}
+    found = {}
+    for setting, title in titles.items():
+        tasks = [json.loads(other)["task"] for other in titles if titles[other] == title]
+        task = json.loads(setting)["task"]
+        differing = [key for key in sorted(task) if any(other.get(key) != task[key] for other in tasks)]
+        words = [f"{key} {str(task[key])[:_LONGEST]}" for key in differing]
+        found[setting] = ", ".join([title, *words])
     return found
 
 
-def title_of(setting: Mapping[str, Any]) -> str:
-    """Return what is compared: "smollm2, perplexity on wikitext2, float32, cuda"."""
+def _title(setting: Mapping[str, Any]) -> str:
     task = setting["task"]
     name = task.get("name") or task["kind"]
     kinds = {"perplexity": f"perplexity on {name}", "lm_eval": name, "mt_bench": f"{name} scores"}
-    words = [Path(setting["model"]).name, kinds.get(task["kind"], f"{task['kind']} on {name}")]
+    words = [setting["model"].rpartition("/")[2], kinds.get(task["kind"], f"{task['kind']} on {name}")]
     if task.get("limit"):
         words.append(f"limit {task['limit']}")
     return ", ".join([*words, *(str(setting[key]) for key in ("dtype", "device") if setting[key])])
@@ -97,14 +105,8 @@ def metric_title(metric: str) -> str:
     return METRIC_NAMES.get(metric, metric.replace("_", " ").split(",")[0])
 
 
-def _renamed(table: Table, taken: Iterable[str]) -> Table:
-    names = {table.name, *(f"{table.name}-{number}" for number in range(2, 1000))}
-    free = min(names - set(taken), key=lambda name: (len(name), name))
-    return Table(**{**vars(table), "name": free})
-
-
-def _table(setting: Mapping[str, Any], axis: str, points: pd.DataFrame) -> Table:
-    kind = setting["task"]["kind"]
+def _table(points: pd.DataFrame, setting: str, axis: str) -> Table:
+    kind = points.kind.iloc[0]
     shown = _SHOWN.get(kind) or [(name, AGAINST) for name in points.metric_names.iloc[0]]
     budgeted = axis not in ("", "k_chunk")
     head = ["base", "bits per weight", "selection", "k_chunk"]
@@ -116,7 +118,7 @@ def _table(setting: Mapping[str, Any], axis: str, points: pd.DataFrame) -> Table
         head += [f"{name.split(',')[0]} less {STYLE[other][1].split(':')[0]}'s" for other in against]
     head += ["KB fetched per token", "weights MB"]
     rows = tuple(_row(row, shown, budgeted) for row in points.to_dict("records"))
-    title = f"{title_of(setting)}, {axis_title(axis)}"
+    title = f"{setting}, {axis_title(axis)}"
     return Table(
         slug(title),
         title,
