@@ -54,7 +54,7 @@ def with_interval(value: float, low: float, high: float) -> str:
     if high - low <= _ROUNDING * abs(value):  # all items differ alike
         return f"{value:.4g}" + ("" if value else ", holds 0")
     digits = _digits((high - low) / (2 * _NORMAL_95))
-    shown = [f"{each + 0.0:.{digits}f}" for each in (value, low, high)]
+    shown = [f"{each:z.{digits}f}" for each in (value, low, high)]
     holds = ", holds 0" if low <= 0 <= high else ""
     return f"{shown[0]} [{shown[1]}, {shown[2]}]{holds}"
 

@@ -174,7 +174,7 @@ _MEASURED = {"perplexity": _perplexity, "bbh": _bbh, "fidelity": _fidelity, "mt_
 
 def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
     mean = float(np.average(values, weights=weights))
-    return mean, float(values.std(ddof=1) / math.sqrt(len(values)))
+    return mean, float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def _flat(metrics: dict[str, tuple[float, float]]) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def page(sections: Sequence[Section]) -> str:
         f"<title>decdec-eval: results</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         "<h1>decdec-eval: results</h1>\n"
         f"<p>Made from runs/*.json by <code>{escape(COMMAND)}</code>. A table is sorted by a click on the "
-        'head of a column. What was not measured but predicted is <span class="predicted">marked so</span>.</p>\n'
+        'head of a column. What was not measured but predicted is <span class="predicted">marked'
+        "</span>.</p>\n"
         f"<ul>{contents}</ul>\n{body}<script>{_SCRIPT}</script>\n</body>\n</html>\n"
     )
 

@@ -171,7 +171,7 @@ def _row(
         label += f", {row['seeds']} seeds"
     k_chunk = row["k_chunk"]
     order = None if not k_chunk else sum(map(int, k_chunk.split("/"))) / (k_chunk.count("/") + 1)
-    cells = [Cell(base, base), _plain(row["bits_per_weight"], ".2f"), Cell(label, label)]
+    cells = [Cell(base, base), _plain(row["bits_per_weight"], ".2f"), Cell(label, label or None)]
     cells.append(Cell(k_chunk, order))
     if budgeted:
         cells += _slowdown(row)
