@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO := demo
 
-.PHONY: env demo test lint kernels clean
+.PHONY: env demo test browser lint kernels clean
 
 env: $(VENV)/.installed
 
@@ -25,8 +25,16 @@ $(VENV)/.installed-tests: $(VENV)/.installed
 demo: env
 	$(BIN)/python -m decdec_eval.compare --model smollm2 --method awq --bits 3 --k-chunk 16 --windows 4 --out $(DEMO)
 
-test: $(VENV)/.installed-tests
+test: $(VENV)/.installed-tests browser
 	$(BIN)/python -m pytest
+
+# tests open the report's page in Chromium, and say so where there is none
+browser:
+	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    (apt-get update -qq && apt-get install -y -qq chromium) >/dev/null 2>&1 \
+	    || echo "chromium could not be installed: the page's tests in a browser are skipped"; \
+	else echo "no chromium here, and no root with apt-get: the page's tests in a browser are skipped"; fi
 
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check .

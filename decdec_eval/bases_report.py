@@ -10,22 +10,24 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 from decdec_core.config import Compensation, DecDECError
-from decdec_eval.report import line, paired, read_run, save_figure, with_error, write_table
+from decdec_eval.compare_report import read_run
+from decdec_eval.presentation import (
+    MARKER,
+    METHOD_NAMES,
+    STYLE,
+    line,
+    paired,
+    save_figure,
+    with_error,
+    write_table,
+)
 
 _BASE = ["method", "clustering", "bits", "residual_bits"]
 _ORDER = ("none", "random", "static", "dynamic", "exact")
-_MARKER = {"static": "s", "random": "v", "exact": "x"}
 _TICKS = (20, 25, 30, 40, 50, 70, 100, 150, 200, 300, 500, 1000)
 _EXACT = {"clustering": "exact"}
+_WIDTH_COLOURS = ("#999999", "#56B4E9", "#D55E00", "#009E73")
 _NEAR = 0.1  # of the bytes, where channels come in whole numbers
-_NAMES = {"rtn": "RTN", "awq": "AWQ", "squeezellm": "SqueezeLLM"}
-_COLOURS = {
-    "none": "#999999",
-    "static": "#56B4E9",
-    "dynamic": "#D55E00",
-    "exact": "#009E73",
-    "random": "#E69F00",
-}
 
 
 def write_bases(out: Path, paths: Iterable[Path]) -> str:
@@ -153,7 +155,7 @@ def _column_order(column: pd.Series) -> pd.Series:
 
 def _base_name(key: Sequence[Any]) -> str:
     method, clustering, _bits, residual_bits = key
-    words = [_NAMES.get(method, method), "flash1d" if clustering == "flash1d" else ""]
+    words = [METHOD_NAMES.get(method, method), "flash1d" if clustering == "flash1d" else ""]
     return " ".join([word for word in words if word] + ([f"r{residual_bits}"] if residual_bits != 4 else []))
 
 
@@ -201,7 +203,8 @@ def equal_bytes(rows: pd.DataFrame) -> list[str]:
     for key, group in dynamic.groupby(["method", "clustering", "bits"], sort=False):
         lines += [
             "",
-            f"{_NAMES.get(key[0], key[0])} {key[2]:g} bits, loss less that of the 4-bit residual, nats:",
+            f"{METHOD_NAMES.get(key[0], key[0])} {key[2]:g} bits, loss less that of the 4-bit residual, "
+            "nats:",
             "",
         ]
         lines += [line(["KB per token", *(f"{bits}-bit residual" for bits in widths)])]
@@ -263,14 +266,14 @@ def _draw_bits(quantized: pd.DataFrame, full: pd.Series, path: Path) -> None:
             axes.plot(
                 ordered.bits_per_weight,
                 ordered.perplexity,
-                marker=_MARKER.get(selection, "o"),
+                marker=MARKER.get(selection, "o"),
                 linestyle="--" if selection == "none" else "-",
                 markersize=4,
-                color=_COLOURS[selection],
+                color=STYLE[selection][0],
                 alpha=1.0 if selection == "none" else 0.3 + 0.7 * min(1.0, k_chunk / 128) ** 0.5,
                 label="none" if selection == "none" else f"{selection} {k_chunk}",
             )
-        _finish(axes, full, part.perplexity, _NAMES.get(method, method), "bits per weight")
+        _finish(axes, full, part.perplexity, METHOD_NAMES.get(method, method), "bits per weight")
     panels[0][0].set_ylabel("token perplexity (lower is better)")
     panels[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
     save_figure(figure, path)
@@ -279,7 +282,7 @@ def _draw_bits(quantized: pd.DataFrame, full: pd.Series, path: Path) -> None:
 def _draw_bytes(quantized: pd.DataFrame, full: pd.Series, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     compensated = quantized[quantized.selection == "dynamic"]
-    for colour, (bits, group) in zip(_COLOURS.values(), compensated.groupby("residual_bits"), strict=False):
+    for colour, (bits, group) in zip(_WIDTH_COLOURS, compensated.groupby("residual_bits"), strict=False):
         ordered = group.sort_values("bytes_per_token")
         axes.plot(
             ordered.bytes_per_token / 1e3,
@@ -299,7 +302,7 @@ def _draw_bytes(quantized: pd.DataFrame, full: pd.Series, path: Path) -> None:
 
 def _title(quantized: pd.DataFrame) -> str:
     pairs = quantized[["method", "bits"]].drop_duplicates().itertuples(index=False)
-    return ", ".join(f"{_NAMES.get(method, method)} {bits:g} bits" for method, bits in pairs)
+    return ", ".join(f"{METHOD_NAMES.get(method, method)} {bits:g} bits" for method, bits in pairs)
 
 
 def _finish(axes: Any, full: pd.Series, values: pd.Series, title: str, label: str) -> None:

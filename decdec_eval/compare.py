@@ -34,8 +34,8 @@ from decdec_core.model import compensation_ledger, set_compensation
 from decdec_core.provenance import environment
 from decdec_core.sources import load_model, load_tokenizer
 from decdec_core.texts import Text, available_text, load_text
+from decdec_eval.compare_report import write_report
 from decdec_eval.perplexity import summary, window_nll, windows
-from decdec_eval.report import write_report
 
 FULL = "full"
 ORDER = (FULL, "none", "random", "static", "dynamic", "exact")

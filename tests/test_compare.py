@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from decdec_core.config import DecDECError
-from decdec_eval import compare, report
-from decdec_eval.report import with_error
+from decdec_eval import compare, compare_report
+from decdec_eval.presentation import with_error
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_every_cell_is_run_once_and_kept(
     monkeypatch.setattr(compare, "window_nll", lambda *a: pytest.fail("a kept cell was run again"))
     assert compare.main(arguments) == 0
     assert (tmp_path / "out" / "table.md").read_bytes() == first["table.md"]
-    assert report.main([str(tmp_path / "out")]) == 0
+    assert compare_report.main([str(tmp_path / "out")]) == 0
     assert {name: (tmp_path / "out" / name).read_bytes() for name in first} == first
 
 
@@ -98,6 +98,6 @@ def test_runs_of_different_artifacts_do_not_share_a_table(
         run = {"configuration": configuration, "metrics": {}, "environment": {}}
         (tmp_path / "runs" / f"{number}.json").write_text(json.dumps(run))
     with pytest.raises(DecDECError, match="must share artifact_hash"):
-        report.write_report(tmp_path, sorted((tmp_path / "runs").glob("*.json")))
-    assert report.main([str(tmp_path / "absent")]) == 2
+        compare_report.write_report(tmp_path, sorted((tmp_path / "runs").glob("*.json")))
+    assert compare_report.main([str(tmp_path / "absent")]) == 2
     assert f"got {tmp_path / 'absent'} without any" in capsys.readouterr().err

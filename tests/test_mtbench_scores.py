@@ -15,10 +15,10 @@ import pytest
 from fastchat.llm_judge import show_result
 
 from decdec_core.config import DecDECError
+from decdec_eval.bootstrap import Bootstrap
 from decdec_eval.mtbench.data import Question
 from decdec_eval.mtbench.scores import (
     ALL,
-    Bootstrap,
     Judgment,
     PairRow,
     ScoreRow,

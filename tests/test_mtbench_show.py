@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 
 from decdec_core.commandline import OneLineParser, run_command
 from decdec_core.config import DecDECError
+from decdec_eval.bootstrap import Bootstrap
 from decdec_eval.mtbench import figure
 from decdec_eval.mtbench.data import Question
-from decdec_eval.mtbench.scores import Bootstrap, Judgment, score_rows
+from decdec_eval.mtbench.scores import Judgment, score_rows
 from decdec_eval.mtbench.show import add_show, read_judgments
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")

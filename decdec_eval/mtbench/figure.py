@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from decdec_eval.mtbench.scores import ALL, HIGHEST, ScoreRow
-from decdec_eval.report import save_figure
+from decdec_eval.presentation import save_figure
 
 # Okabe and Ito's palette, told apart by all eyes, without its yellow, which is faint on white
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -19,14 +19,12 @@ from decdec_core.commandline import picture_file
 from decdec_core.config import DecDECError, require_one_of
 from decdec_core.files import write_json, write_text
 from decdec_core.provenance import environment
+from decdec_eval.bootstrap import LEVEL, Bootstrap, Estimate
 from decdec_eval.mtbench import figure
 from decdec_eval.mtbench.data import Question, load_questions, mt_bench_folder
 from decdec_eval.mtbench.scores import (
     ALL,
-    LEVEL,
     SLICES,
-    Bootstrap,
-    Estimate,
     Judgment,
     PairRow,
     ScoreRow,
@@ -36,7 +34,7 @@ from decdec_eval.mtbench.scores import (
     pair_rows,
     score_rows,
 )
-from decdec_eval.report import line
+from decdec_eval.presentation import line
 
 _KINDS = ("single", "pair")
 _TURN_NAMES: dict[Turn, str] = {"both": "both turns", 1: "first turn", 2: "second turn"}

@@ -1,35 +1,19 @@
-"""Run files -> one table and one figure; `python -m decdec_eval.report DIR` makes them again."""
+"""Run files -> one table and one figure; `python -m decdec_eval.compare_report DIR` makes them again."""
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
+from matplotlib import pyplot as plt
 
 from decdec_core.commandline import run_command
 from decdec_core.config import Compensation, DecDECError
-from decdec_core.files import whole_file, write_text
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-# one colour per selection in every figure, distinct without colour vision too (Okabe and Ito's palette)
-_STYLE = {
-    "full": ("#000000", "full precision"),
-    "none": ("#999999", "none: quantized only"),
-    "random": ("#E69F00", "random"),
-    "static": ("#56B4E9", "static"),
-    "dynamic": ("#D55E00", "dynamic (DecDEC)"),
-    "exact": ("#009E73", "exact top-k"),
-}
-_MARKER = {"random": "v", "static": "s", "dynamic": "o", "exact": "x"}
+from decdec_eval.presentation import MARKER, STYLE, line, paired, save_figure, with_error, write_table
 
 
 def write_report(out: Path, paths: Iterable[Path]) -> str:
@@ -98,16 +82,6 @@ def _selection(run: dict[str, Any]) -> str:
     return "full" if compensation is None else compensation["selection"]
 
 
-def paired(values: Sequence[float], baseline: Sequence[float] | None) -> tuple[float | None, float | None]:
-    """Return the mean difference and its standard error over windows (None for one window or no baseline)."""
-    if baseline is None:
-        return None, None
-    differences = [a - b for a, b in zip(values, baseline, strict=True)]
-    count = len(differences)
-    error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else None
-    return statistics.fmean(differences), error
-
-
 def markdown(rows: pd.DataFrame) -> str:
     """Return the table for people: values with the standard errors that bound their digits."""
     head = ("selection", "k_chunk", "perplexity", "change of mean loss, nats", "KB fetched per token")
@@ -116,7 +90,7 @@ def markdown(rows: pd.DataFrame) -> str:
         lines.append(
             line(
                 [
-                    _STYLE[row["selection"]][1],
+                    STYLE[row["selection"]][1],
                     row["k_chunk"],
                     with_error(row["perplexity"], row["perplexity_stderr"]),
                     ""
@@ -127,21 +101,6 @@ def markdown(rows: pd.DataFrame) -> str:
             )
         )
     return "\n".join(lines)
-
-
-def line(cells: Iterable[str]) -> str:
-    """Return one line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def with_error(value: float | None, error: float | None) -> str:
-    """Return "12.3 ± 0.4": no more digits than two of the error's; without an error, four figures."""
-    if value is None or math.isnan(value):
-        return ""
-    if error is None or math.isnan(error) or error == 0:
-        return f"{value:.4g}"
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def describe(runs: Sequence[dict[str, Any]]) -> str:
@@ -166,15 +125,13 @@ def draw(rows: pd.DataFrame, caption: str, path: Path) -> None:
     curves = rows[rows.k_chunk.str.isdigit()]
     for name in ("none", "full"):
         for level in rows[rows.selection == name].perplexity:
-            colour, label = _STYLE[name]
+            colour, label = STYLE[name]
             axes.axhline(level, color=colour, linestyle="--", linewidth=1, label=f"{label} ({level:.1f})")
     for name, group in curves.groupby("selection", sort=False):
-        colour, label = _STYLE[str(name)]
+        colour, label = STYLE[str(name)]
         ordered = group.assign(k=group.k_chunk.astype(int)).sort_values("k")
         values = f" ({ordered.perplexity.iloc[0]:.1f})" if len(ordered) == 1 else ""
-        axes.plot(
-            ordered.k, ordered.perplexity, marker=_MARKER[str(name)], color=colour, label=label + values
-        )
+        axes.plot(ordered.k, ordered.perplexity, marker=MARKER[str(name)], color=colour, label=label + values)
     if len(curves):
         ticks = sorted(curves.k_chunk.astype(int).unique())
         axes.set_xscale("log", base=2)
@@ -186,20 +143,6 @@ def draw(rows: pd.DataFrame, caption: str, path: Path) -> None:
     axes.legend(fontsize=8)
     axes.set_title("\n".join(caption.split("; ")[:2]), fontsize=8)
     save_figure(figure, path)
-
-
-def write_table(out: Path, text: str, rows: pd.DataFrame) -> None:
-    """Write table.md, which is `text`, and table.csv to the folder `out`, made where it is not."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "table.md", text)
-    write_text(out / "table.csv", rows.to_csv(index=False))
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure, whole or not at all, and close it."""
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format=path.suffix[1:])
-    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -215,7 +158,7 @@ def _report(given: Sequence[str]) -> None:
     runs = {path: read_run(path) for path in (out / "runs").glob("*.json")}
     if not runs:
         raise DecDECError(f"report must be given a folder with runs/*.json, got {out} without any")
-    order = list(_STYLE)
+    order = list(STYLE)
     paths = sorted(runs, key=lambda p: (order.index(_selection(runs[p])), _k_of(runs[p]), p.name))
     print(write_report(out, paths))
 
