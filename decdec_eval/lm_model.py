@@ -85,7 +85,7 @@ class DecDECLM(HFLM):
         profiles = asked_profiles(budget, chosen)
         if profiles and "method" in recipe:
             require_timed(*_quants(recipe))
-        self.prompts_cut = 0
+        self.prompts_cut, self._cut = 0, set[str]()
         self._longest: tuple[int, int] | None = None  # tokens of prompt and answer, while generating
         self._fitting: int | None = None  # rows, once more of them did not fit in the GPU's memory
         device = _usable(str(device))
@@ -205,9 +205,18 @@ class DecDECLM(HFLM):
         longest = max((r.args[0] for r in requests), key=len, default="")
         self._longest = (min(len(self.tok_encode(longest)), self.max_length - new), new)
         try:
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
         finally:
             self._longest = None
+        self._count_cut(requests)
+        return answers
+
+    def _count_cut(self, requests: Sequence[Instance]) -> None:
+        """Count the prompts that were cut, of all processes; lm-eval asks some twice, to ask all equally."""
+        distinct = {id(request): request for request in requests}.values()
+        cut = sum(request.repeats or 1 for request in distinct if request.args[0] in self._cut)
+        self.prompts_cut += int(self.all_gather(torch.tensor([cut], device=self.device)).sum())
+        self._cut.clear()
 
     def tok_batch_encode(
         self,
@@ -220,7 +229,7 @@ class DecDECLM(HFLM):
         beginning decide whether any of them gets a BOS."""
         alone = [super(DecDECLM, self).tok_batch_encode([s], truncation=truncation)[0][0] for s in strings]
         if left_truncate_len:
-            self.prompts_cut += sum(len(ids) > left_truncate_len for ids in alone)
+            self._cut |= {s for s, ids in zip(strings, alone, strict=True) if len(ids) > left_truncate_len}
             alone = [ids[-left_truncate_len:] for ids in alone]
         masks = [torch.ones_like(ids) for ids in alone]
         return batching.padded(alone, self.tokenizer.pad_token_id, padding_side), batching.padded(
