@@ -24,7 +24,7 @@ from decdec_eval.sweep.run import Outcome, groups_of
 
 __all__ = ["place", "tiny_chat"]  # fixtures
 ray = pytest.importorskip("ray")
-MANY = {**PERPLEXITY, "windows": 400}  # long enough to be killed in
+MANY = {**PERPLEXITY, "windows": 100}  # long enough to be killed in
 
 
 def start(place: Place, *options: str, **changes: Any) -> subprocess.Popen[str]:
