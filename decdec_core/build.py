@@ -123,16 +123,32 @@ def cached_artifact(
 
     A changed model, calibration text, setting, recipe or kind of device is another artifact.
     """
-    setup = CalibrationSetup(text=available_text("calibration") if calibration == "auto" else calibration)
+    folder = cached_folder(source, weight_quant, residual_quant, calibration, device)
+    if not folder.is_dir():
+        setup = _cached_setup(calibration)
+        build_artifact(source, folder, weight_quant, residual_quant, setup, device=device, shared=True)
+    return folder
+
+
+def cached_folder(
+    source: str,
+    weight_quant: WeightQuant,
+    residual_quant: ResidualQuant,
+    calibration: str = "auto",
+    device: str = "cpu",
+) -> Path:
+    """Return where cached_artifact has this artifact, or will have it: nothing is built."""
+    setup = _cached_setup(calibration)
     recipe = Recipe(weight_quant, residual_quant, setup.awq_sequences)
     determining = _determining(source, recipe, setup, load_text(setup.text, "calibration"), device)
     key = hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()[:12]
     stem = Path(source).name.removesuffix(".gguf")
     name = f"{stem}-{weight_quant.method}{weight_quant.bits}-r{residual_quant.bits}-{key}"
-    folder = sources.cache_dir() / "artifacts" / name
-    if not folder.is_dir():
-        build_artifact(source, folder, weight_quant, residual_quant, setup, device=device, shared=True)
-    return folder
+    return sources.cache_dir() / "artifacts" / name
+
+
+def _cached_setup(calibration: str) -> CalibrationSetup:
+    return CalibrationSetup(text=available_text("calibration") if calibration == "auto" else calibration)
 
 
 def _determining(

@@ -113,12 +113,12 @@ def fingerprint(source: str) -> dict[str, Any]:
 
 
 def model_files(folder: Path) -> dict[str, Any]:
-    """Return what tells an unquantized model from others, on any machine: the hash of its config.json and the
-    sizes of its weights. A hub id stands for itself."""
+    """Return what tells an unquantized model from others, on any machine: the hashes of its config.json and
+    its weights. A hub id stands for itself."""
     if not folder.is_dir():
         return {"hub": str(folder)}
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
-    return {"config_sha256": sha256_of_file(folder / "config.json"), "weights": sizes}
+    hashes = {file.name: sha256_of_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    return {"config_sha256": sha256_of_file(folder / "config.json"), "weights": hashes}
 
 
 def materialize(source: str) -> str:

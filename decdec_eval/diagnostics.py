@@ -9,12 +9,11 @@ there already is not measured again.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,8 @@ from decdec_eval.channel_errors import SELECTIONS, ChannelErrors, by_kind, by_la
 from decdec_eval.originals import Originals
 from decdec_eval.outliers import middle_down, outlier_map, require_layer
 from decdec_eval.perplexity import windows
-from decdec_eval.report import line, with_error
+from decdec_eval.presentation import line, with_error
+from decdec_eval.runs import FORMAT_VERSION, path_of
 
 LENGTH = 512  # tokens of a sequence
 _TEMPERATURE = 0.7  # of the decoding steps: greedy, a small model repeats itself
@@ -93,7 +93,7 @@ class Diagnostics:
             },
             "versions": {name: value for name, value in versions().items() if name != "python"},
         }
-        self.path = options.out / "runs" / f"{key_of(self.configuration)}.json"
+        self.path = path_of(options.out, self.configuration)
 
     def _require_device(self) -> None:
         require_one_of("device", self.options.device, ("cpu", "cuda"))
@@ -115,11 +115,10 @@ class Diagnostics:
         generated = errors.shares(torch.tensor([[*prompt, *tokens]]), len(prompt))
         set_compensation(model, Compensation("none", seed=options.seed))
         quantization = json.loads((self.folder / "config.json").read_bytes())["quantization_config"]
-        quantization["provenance"]["source"] = self.configuration[
-            "model"
-        ]  # which may have been a folder here
+        # which may have been a folder here
+        quantization["provenance"]["source"] = self.configuration["model"]
         return {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "configuration": self.configuration,
             "quantization": quantization,
             "ledger": compensation_ledger(model),
@@ -134,11 +133,6 @@ class Diagnostics:
             "command": command,
             "environment": environment(model.device),
         }
-
-
-def key_of(configuration: Mapping[str, Any]) -> str:
-    """Return the name of a run's file: the first 16 hex digits of the SHA-256 of its sorted JSON."""
-    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def name_of(quantization: Quantization) -> str:

@@ -18,7 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import simple_parse_args_string
 
 from decdec_core.artifact import is_artifact
-from decdec_core.budget import compensation_of, described, find_budget, profiles_of, require_timed
+from decdec_core.budget import Found, compensation_of, described, find_budget, require_timed
 from decdec_core.build import cached_artifact
 from decdec_core.config import (
     WEIGHT_METHODS,
@@ -30,11 +30,12 @@ from decdec_core.config import (
     suggest,
 )
 from decdec_core.model import compensation_ledger, set_compensation
-from decdec_core.profiles import Profile
 from decdec_core.provenance import environment
 from decdec_core.sources import materialize
 from decdec_eval import batching
+from decdec_eval.arguments import asked_profiles, refuse_dtype, refuse_with_full
 from decdec_eval.perplexity import window_nll
+from decdec_eval.processes import as_of_one
 
 FULL = "full"  # method=full: the unquantized model itself, through the same code path
 TOKEN_WINDOWS = "token_windows"  # the request type of tasks/utils.py, and the name of its method here
@@ -71,7 +72,7 @@ class DecDECLM(HFLM):
 
     def __init__(self, pretrained: str | Path | None = None, device: str = "cuda", **arguments: Any) -> None:
         _refuse_unknown(arguments)
-        _refuse_dtype(arguments.get("dtype", "auto"))
+        refuse_dtype(arguments.get("dtype", "auto"))
         chosen = {name: arguments.pop(name) for name in _COMPENSATION if name in arguments}
         if "selection" in chosen and chosen["selection"] is None:
             chosen["selection"] = "none"  # lm-eval's parser makes None of the word
@@ -79,18 +80,18 @@ class DecDECLM(HFLM):
         recipe = {name: arguments.pop(name) for name in _QUANTIZATION if name in arguments}
         self._quantized = recipe.get("method") != FULL
         if not self._quantized:
-            _refuse_with_full({**chosen, **budget, **recipe})
+            refuse_with_full({**chosen, **budget, **recipe})
             chosen["selection"] = "none"
         self.compensation = Compensation(**chosen)
-        profiles = _profiles(budget, chosen)
+        profiles = asked_profiles(budget, chosen)
         if profiles and "method" in recipe:
             require_timed(*_quants(recipe))
-        self.prompts_cut = 0
+        self.prompts_cut, self._cut = 0, set[str]()
         self._longest: tuple[int, int] | None = None  # tokens of prompt and answer, while generating
         self._fitting: int | None = None  # rows, once more of them did not fit in the GPU's memory
         device = _usable(str(device))
         folder = _resolve(pretrained, recipe, arguments)
-        self.budget = None
+        self.budget: Found | None = None
         if profiles:
             config, quantization = described(Path(folder))
             require_timed(quantization.weight, quantization.residual)
@@ -104,8 +105,22 @@ class DecDECLM(HFLM):
         except OSError as error:  # transformers' word for a model that is not there, in several lines
             first = str(error).strip().partition("\n")[0]
             raise DecDECError(f"pretrained must be one that can be loaded, got {folder}: {first}") from error
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and self.world_size == 1:  # HFLM forgets it without two GPUs at hand
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if self._quantized:
             set_compensation(self.model, self.compensation)
+
+    def switch(self, compensation: Compensation, budget: Found | None = None) -> None:
+        """Compensate otherwise from now on, in place. budget: whose k_chunk and n_tb the compensation has.
+
+        The unquantized model raises DecDECError for anything but the selection none.
+        """
+        if not self._quantized:
+            refuse_with_full({"selection": compensation.selection})
+        else:
+            set_compensation(self.model, compensation)
+        self.compensation, self.budget, self.prompts_cut = compensation, budget, 0
 
     @classmethod
     def create_from_arg_obj(
@@ -155,6 +170,11 @@ class DecDECLM(HFLM):
                 "every token of it is prompt, so the uncompensated baseline would be scored"
             )
 
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Return on process `dst`, in a list of one, what one process would have measured alone."""
+        gathered = super().gather_object(obj, dst)
+        return gathered if self.world_size == 1 or gathered is None else [as_of_one(gathered)]
+
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Refuse lm-eval's response cache: it would answer for another selection, k_chunk or artifact."""
         raise DecDECError(
@@ -187,9 +207,18 @@ class DecDECLM(HFLM):
         longest = max((r.args[0] for r in requests), key=len, default="")
         self._longest = (min(len(self.tok_encode(longest)), self.max_length - new), new)
         try:
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
         finally:
             self._longest = None
+        self._count_cut(requests)
+        return answers
+
+    def _count_cut(self, requests: Sequence[Instance]) -> None:
+        """Count the prompts that were cut, of all processes; lm-eval asks some twice, to ask all equally."""
+        distinct = {id(request): request for request in requests}.values()
+        cut = sum(request.repeats or 1 for request in distinct if request.args[0] in self._cut)
+        self.prompts_cut += int(self.all_gather(torch.tensor([cut], device=self.device)).sum())
+        self._cut.clear()
 
     def tok_batch_encode(
         self,
@@ -202,7 +231,7 @@ class DecDECLM(HFLM):
         beginning decide whether any of them gets a BOS."""
         alone = [super(DecDECLM, self).tok_batch_encode([s], truncation=truncation)[0][0] for s in strings]
         if left_truncate_len:
-            self.prompts_cut += sum(len(ids) > left_truncate_len for ids in alone)
+            self._cut |= {s for s, ids in zip(strings, alone, strict=True) if len(ids) > left_truncate_len}
             alone = [ids[-left_truncate_len:] for ids in alone]
         masks = [torch.ones_like(ids) for ids in alone]
         return batching.padded(alone, self.tokenizer.pad_token_id, padding_side), batching.padded(
@@ -316,41 +345,6 @@ def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
             own = ", ".join(("pretrained", *_COMPENSATION, *_BUDGET, *_QUANTIZATION))
             raise DecDECError(
                 f"model_args must be {own} or an argument of --model hf, got {name!r}{suggest(name, known)}"
-            )
-
-
-def _refuse_dtype(dtype: Any) -> None:
-    """Raise DecDECError unless HFLM can make a torch dtype of it."""
-    if dtype != "auto" and not isinstance(
-        getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype
-    ):
-        raise DecDECError(f"dtype must be auto, float32, bfloat16 or float16, got {str(dtype)!r}")
-
-
-def _profiles(budget: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Profile]:
-    """Return the profiles that slowdown and gpu name; none where no slowdown is stated."""
-    slowdown = budget.get("slowdown")
-    if slowdown is None:
-        if budget.get("gpu") is not None:
-            raise DecDECError(f"gpu must be with slowdown, got gpu={budget['gpu']} alone")
-        return []
-    if not isinstance(slowdown, (int, float)) or isinstance(slowdown, bool) or not 0 <= slowdown <= 1000:
-        raise DecDECError(f"slowdown must be 0 to 1000 percent, got {slowdown!r}")
-    for name in ("k_chunk", "n_tb"):
-        if name in chosen:
-            raise DecDECError(f"{name} must be absent with slowdown, which sets it, got {chosen[name]!r}")
-    if chosen.get("selection") == "none":
-        raise DecDECError("selection must compensate something at a slowdown, got 'none'")
-    gpu = budget.get("gpu")
-    return profiles_of(None if gpu is None else str(gpu))
-
-
-def _refuse_with_full(arguments: Mapping[str, Any]) -> None:
-    """Raise DecDECError for an argument that would be ignored by method=full."""
-    for name, value in arguments.items():
-        if name != "method" and (name, value) not in {("selection", "none"), ("k_chunk", 0)}:
-            raise DecDECError(
-                f"{name} must be absent with method=full, which compensates nothing, got {value!r}"
             )
 
 

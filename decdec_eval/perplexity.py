@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from decdec_core.config import DecDECError
@@ -50,6 +51,25 @@ def window_nll(model: Any, windows: Sequence[Sequence[int]], progress: bool = Tr
         logits = model(ids, use_cache=False).logits[0, :-1]
         losses.append(_mean_loss(logits, ids[0, 1:].to(logits.device)))
     return losses
+
+
+@torch.inference_mode()
+def window_states(model: Any, window: Sequence[int]) -> Tensor:
+    """Return the last hidden states (tokens - 1, hidden) from which a window's next tokens are predicted."""
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([list(window)], dtype=torch.long, device=device)
+    return model.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
+
+
+@torch.inference_mode()
+def states_nll(head: Any, states: Tensor, window: Sequence[int]) -> float:
+    """Return the window's mean next-token loss in nats, of window_states and the head that makes logits."""
+    targets = torch.tensor(list(window[1:]), dtype=torch.long, device=states.device)
+    total = 0.0
+    for rows, ids in zip(states.split(_ROWS_AT_ONCE), targets.split(_ROWS_AT_ONCE), strict=True):
+        logits = head(rows).float()
+        total += float(F.cross_entropy(logits, ids.to(logits.device), reduction="sum").double())
+    return total / len(targets)
 
 
 def _mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:

@@ -30,6 +30,7 @@ from decdec_eval import channel_errors, diagnostics
 from decdec_eval.channel_errors import SELECTIONS, ChannelErrors, Key, Share, by_kind, by_layer, recall
 from decdec_eval.originals import Originals, stored_weight
 from decdec_eval.outliers import middle_down, outlier_map
+from decdec_eval.runs import key_of
 
 K_CHUNKS = (16, 128)
 STRETCH = 4
@@ -350,7 +351,7 @@ def test_command_writes_one_file_and_keeps_it(
     assert diagnostics.main(arguments) == 0
     (path,) = (tmp_path / "out" / "runs").iterdir()
     run = json.loads(path.read_text())
-    assert path.stem == diagnostics.key_of(run["configuration"])
+    assert path.stem == key_of(run["configuration"])
     assert len(path.stem) == 16
     task = run["configuration"]["task"]
     assert (task["kind"], task["name"], task["k_chunk"]) == ("diagnostics", "pydoc", [16, 64])

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from decdec_core.commandline import OneLineParser, run_command
 from decdec_core.config import DecDECError
 from decdec_core.model import state_of
+from decdec_eval import reference
 from decdec_eval.mtbench import fidelity as module
 from decdec_eval.mtbench.adapter import open_model
 from decdec_eval.mtbench.answer import answer
@@ -102,7 +103,7 @@ def test_compare_is_the_divergence(draw: torch.Generator, monkeypatch: pytest.Mo
     p, q = (head(states).double().softmax(-1) for head in heads)
     wanted = (p * (p / q).log()).sum().item()
     for rows in (256, 4, 1):  # whole, ragged, single
-        monkeypatch.setattr(module, "_ROWS_AT_ONCE", rows)
+        monkeypatch.setattr(reference, "_ROWS_AT_ONCE", rows)
         kl, top1 = compare(states, heads[0], states, heads[1])
         assert kl == pytest.approx(wanted, rel=1e-5)
         assert top1 == int((p.argmax(-1) == q.argmax(-1)).sum())

@@ -24,9 +24,8 @@ from transformers import GenerationConfig
 from decdec_core.artifact import is_artifact
 from decdec_core.budget import described
 from decdec_core.config import DecDECError
-from decdec_core.manifest import sha256_of_file
 from decdec_core.model import compensation_ledger, set_compensation
-from decdec_core.sources import load_tokenizer, model_folder
+from decdec_core.sources import load_tokenizer, model_files, model_folder
 from decdec_eval.lm_model import FULL, DecDECLM
 from decdec_eval.mtbench.conversation import ChatFormat, chat_format
 
@@ -80,7 +79,7 @@ class DecDECAdapter(model_adapter.BaseModelAdapter):
             )
         dtype = from_pretrained_kwargs.get("torch_dtype", "auto")
         lm = DecDECLM.create_from_arg_obj(arguments, {"device": "cpu", "dtype": dtype, "batch_size": 1})
-        _ledgers[lm.model] = _ledger(lm)
+        _ledgers[lm.model] = ledger_of(lm)
         return lm.model, lm.tokenizer
 
     def load_compress_model(self, model_path: str, *_args: Any, **_kwargs: Any) -> None:
@@ -147,23 +146,15 @@ def chat_format_of(model_path: str) -> ChatFormat:
     return chat_format(tokenizer, ends, name)
 
 
-def _ledger(lm: DecDECLM) -> dict[str, Any]:
-    """Return what was loaded: artifact, compensation and budget, or the files of an unquantized model."""
+def ledger_of(lm: DecDECLM) -> dict[str, Any]:
+    """Return what was loaded: artifact, compensation and budget, or the files of an unquantized model. Makes
+    `decode` of the model's `auto`, which is what generation means by it."""
     if not hasattr(lm.model, "decdec"):
-        return {"method": FULL, "selection": "none", "model": _files(Path(lm.model.config.name_or_path))}
+        return {"method": FULL, "selection": "none", "model": model_files(Path(lm.model.config.name_or_path))}
     if lm.compensation.compensate == "auto":
         set_compensation(lm.model, dataclasses.replace(lm.compensation, compensate="decode"))
     budget = {} if lm.budget is None else {"budget": lm.budget.ledger()}
     return {**compensation_ledger(lm.model), **budget}
-
-
-def _files(folder: Path) -> dict[str, Any]:
-    """Return what tells an unquantized model from others, on any machine: the hash of its config.json and the
-    sizes of its weights. A hub id stands for itself."""
-    if not folder.is_dir():
-        return {"hub": str(folder)}
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
-    return {"config_sha256": sha256_of_file(folder / "config.json"), "weights": sizes}
 
 
 def _register() -> None:

@@ -267,12 +267,29 @@ def answer(
     questions: all there are, so that max_length is the same for any limit. What the file has already is not
     answered again. What is refused raises DecDECError, before the model is loaded where it can.
     """
-    require_int("seed", seed, 0, 2**31 - 1)
-    require_int("limit", len(questions) if limit is None else limit, 1, len(questions))
+    _require_sound(questions, limit, seed)
     model_id = model_id or default_model_id(model_args)
     if not re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*", model_id):
         raise DecDECError(f"model-id must be letters, digits, '.', '_', '+' and '-', got {model_id!r}")
-    opened = open_model(model_args, device)
+    return answer_with(open_model(model_args, device), out, questions, model_id, limit, max_new_tokens, seed)
+
+
+def _require_sound(questions: Sequence[Question], limit: int | None, seed: int) -> None:
+    require_int("seed", seed, 0, 2**31 - 1)
+    require_int("limit", len(questions) if limit is None else limit, 1, len(questions))
+
+
+def answer_with(
+    opened: Opened,
+    out: Path,
+    questions: Sequence[Question],
+    model_id: str,
+    limit: int | None,
+    max_new_tokens: int,
+    seed: int,
+) -> Path:
+    """Return what `answer` does, of a model that is loaded already; fuses its layers."""
+    _require_sound(questions, limit, seed)
     max_length = room_for(opened.chat, questions, max_new_tokens, opened.model.config)
     settings = Settings(seed, max_new_tokens, max_length)
     speaker = Speaker(opened, max_length)

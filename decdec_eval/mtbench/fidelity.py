@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -37,8 +36,8 @@ from decdec_eval.mtbench.adapter import Opened, open_model
 from decdec_eval.mtbench.answer import add_model, questions_sha256, read_answers
 from decdec_eval.mtbench.conversation import ChatFormat
 from decdec_eval.mtbench.data import Question, load_questions, mt_bench_folder
+from decdec_eval.reference import compare, mean_with_error
 
-_ROWS_AT_ONCE = 256  # float32 logits of 256 tokens over a vocabulary of 128k take 131 MB, several times
 COMPARED = ("kl", "top1")
 
 
@@ -108,32 +107,6 @@ def _all_compensated(model: Any) -> Iterator[None]:
         yield
     finally:
         set_compensation(model, compensation)
-
-
-@torch.inference_mode()
-def compare(full: Tensor, full_head: Any, states: Tensor, head: Any) -> tuple[float, int]:
-    """Return the sum over tokens of KL(full || other) in nats, and how many tokens have the same argmax.
-
-    full, states: (tokens, hidden), each with the head that makes logits (tokens, vocabulary) of it. Softmax
-    and the divergence of a token are taken in float32, their sum in float64.
-    """
-    total, same = 0.0, 0
-    for mine, theirs in zip(full.split(_ROWS_AT_ONCE), states.split(_ROWS_AT_ONCE), strict=True):
-        wanted, got = full_head(mine.to(full_head.weight.device)), head(theirs)
-        same += int((wanted.argmax(-1) == got.argmax(-1)).sum())
-        p, q = wanted.float().log_softmax(-1), got.float().log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum(-1).double().sum())
-    return total, same
-
-
-def mean_with_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
-    """Return sum(sums) / sum(counts) and its standard error over conversations: tokens of one are not
-    independent, so the error is a ratio's, of conversations drawn whole. None for a single one."""
-    mean, n = sum(sums) / sum(counts), len(sums)
-    if n < 2:
-        return mean, None
-    squares = sum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
-    return mean, math.sqrt(n / (n - 1) * squares) / sum(counts)
 
 
 def summary(conversations: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -286,35 +286,65 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
 def _judge(options: argparse.Namespace) -> None:
     _require_sound(options)
     folder = mt_bench_folder(options.data_dir)
-    questions = load_questions(folder)[: options.limit]
-    answers = read_answers(options.answers, questions)
-    if options.mode == "pair" and (options.baseline not in answers or len(answers) < 2):
-        raise DecDECError(
-            f"baseline must be one of two or more models, got {options.baseline!r} of {', '.join(answers)}"
-        )
-    matches = matches_of(
-        options.mode, questions, load_references(folder), load_prompts(folder), answers, options.baseline
+    names = (
+        "answers",
+        "judge_model",
+        "base_url",
+        "mode",
+        "baseline",
+        "parallel",
+        "limit",
+        "timeout",
+        "retries",
     )
+    file = judge(folder=folder, **{name: getattr(options, name) for name in names})
+    print(summary(file, options.judge_model))
+
+
+def judge(
+    answers: Path,
+    folder: Path,
+    judge_model: str,
+    base_url: str | None = None,
+    mode: str = "single",
+    baseline: str | None = None,
+    parallel: int = 4,
+    limit: int | None = None,
+    timeout: float = 300.0,
+    retries: int = 6,
+) -> JudgmentFile:
+    """Return the judgments of the answers in `answers`, once all of them are there, their file closed again.
+
+    folder: MT-Bench's files. What is there already is not asked again. What is refused, and judgments that
+    were not had, raise DecDECError.
+    """
+    questions = load_questions(folder)[:limit]
+    given = read_answers(answers, questions)
+    if mode == "pair" and (baseline not in given or len(given) < 2):
+        raise DecDECError(
+            f"baseline must be one of two or more models, got {baseline!r} of {', '.join(given)}"
+        )
+    matches = matches_of(mode, questions, load_references(folder), load_prompts(folder), given, baseline)
     # both take seconds to import: not before the arguments are known to be good
     import torch
 
     from decdec_core.provenance import environment
     from decdec_eval.mtbench.client import MAX_TOKENS, TEMPERATURE, JudgeClient
 
-    client = JudgeClient(options.judge_model, options.base_url, options.timeout, options.retries)
+    client = JudgeClient(judge_model, base_url, timeout, retries)
     pinned = {
-        "judge": options.judge_model,
-        "mode": options.mode,
+        "judge": judge_model,
+        "mode": mode,
         "temperature": TEMPERATURE,
         "max_tokens": MAX_TOKENS,
         "data_sha256": data_sha256(folder),
     }
     run = {"base_url": client.shown_url, "environment": environment(torch.device("cpu"), "openai")}
-    path = judgment_path(options.answers, options.judge_model, options.mode)
-    with JudgmentFile(path, options.mode) as file:
+    path = judgment_path(answers, judge_model, mode)
+    with JudgmentFile(path, mode) as file:
         file.pin(pinned, run)
-        judge_all(client, open_matches(matches, file), file, options.parallel)
-        print(summary(file, options.judge_model))
+        judge_all(client, open_matches(matches, file), file, parallel)
+        return file
 
 
 def _require_sound(options: argparse.Namespace) -> None:

@@ -12,8 +12,8 @@ import pandas as pd
 
 from decdec_core.config import Compensation, DecDECError, ResidualQuant, WeightQuant, require_one_of
 from decdec_eval.presentation import METHOD_NAMES
+from decdec_eval.runs import FORMAT_VERSION
 
-FORMAT_VERSION = 1
 DIAGNOSTICS = "diagnostics"
 KINDS = ("perplexity", "lm_eval", "fidelity", "mt_bench", DIAGNOSTICS)
 # what items hold -> the metric that is their mean

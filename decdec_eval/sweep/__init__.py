@@ -1,0 +1,1 @@
+"""A grid of runs, described in YAML -> one JSON file per cell, resumable."""
