@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from decdec_eval.sweep.run import Outcome, groups_of
 
 __all__ = ["place", "tiny_chat"]  # fixtures
 ray = pytest.importorskip("ray")
-MANY = {**PERPLEXITY, "windows": 100}  # long enough to be killed in
+MANY = {**PERPLEXITY, "windows": 300}  # long enough to be killed in
 
 
 def start(place: Place, *options: str, **changes: Any) -> subprocess.Popen[str]:
@@ -73,21 +74,29 @@ def until(condition: Any, seconds: float = 240) -> Any:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 def test_a_killed_worker_costs_its_cell_a_retry(place: Place) -> None:
-    running = start(place, tasks=[MANY], bits=[3, 4], selections=["none", "static"])
+    source = str(place.root / "model")
+    grid: dict[str, Any] = {
+        "models": [{"source": source, "name": "one"}, {"source": source, "name": "two"}],
+        "tasks": [MANY],
+        "selections": ["none", "static"],
+    }
+    running = start(place, **grid)
     try:
-        # two bases: both have a worker once full precision is there
+        # the full precision of both models, at once
         both = until(lambda: (pids := workers(running.pid))[1:] and pids)
         os.kill(both[0], signal.SIGKILL)
         output, _ = running.communicate(timeout=400)
     finally:
         running.kill()
     assert running.returncode == 0, output
-    assert len(place.runs()) == 1 + 2 * 2
     assert "failed" not in output
-    values = {run["configuration"]["artifact_hash"]: run for run in place.runs()}
-    assert len(values) == 3
+    found = [(run["configuration"]["model"], run["configuration"]["base"] is None) for run in place.runs()]
+    assert sorted(found) == [(name, full) for name in ("one", "two") for full in (False, False, True)]
+    for name in ("nll", "kl"):  # the same model by two names: on two workers, as on one
+        values = {json.dumps(run["items"]["values"][name]) for run in place.runs()}
+        assert len(values) == 3
     # again: nothing is left to do, and Ray is not started
-    assert place.sweep("--executor", "ray", tasks=[MANY], bits=[3, 4], selections=["none", "static"]) == 0
+    assert place.sweep("--executor", "ray", **grid) == 0
 
 
 class FakeRay:
