@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -70,16 +71,21 @@ def write_reference(path: Path, head: Any, states: Iterable[Tensor]) -> None:
 def compare(full: Tensor, full_head: Any, states: Tensor, head: Any) -> tuple[float, int]:
     """Return the sum over tokens of KL(full || other) in nats, and how many tokens have the same argmax.
 
-    full, states: (tokens, hidden), each with the head that makes logits (tokens, vocabulary) of it. Softmax
-    and the divergence of a token are taken in float32, their sum in float64.
+    full, states: (tokens, hidden), each with the head that makes logits (tokens, vocabulary) of it. Logits
+    and the divergence of a token are taken in float32 (those of bfloat16 tie for the top), sums in float64.
     """
     total, same = 0.0, 0
     for mine, theirs in zip(full.split(_ROWS_AT_ONCE), states.split(_ROWS_AT_ONCE), strict=True):
-        wanted, got = full_head(mine.to(full_head.weight.device)), head(theirs)
+        wanted, got = _logits(full_head, mine.to(full_head.weight.device)), _logits(head, theirs)
         same += int((wanted.argmax(-1) == got.argmax(-1)).sum())
-        p, q = wanted.float().log_softmax(-1), got.float().log_softmax(-1)
+        p, q = wanted.log_softmax(-1), got.log_softmax(-1)
         total += float((p.exp() * (p - q)).sum(-1).double().sum())
     return total, same
+
+
+def _logits(head: Any, states: Tensor) -> Tensor:
+    bias = getattr(head, "bias", None)
+    return F.linear(states.float(), head.weight.float(), None if bias is None else bias.float())
 
 
 def mean_with_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:

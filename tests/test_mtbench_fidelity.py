@@ -192,8 +192,9 @@ def rows_of(answers: Path) -> list[dict[str, Any]]:
 def test_turns_are_the_answers_with_their_prompts(
     answers: Path, full_args: str, chat_questions: list[Question]
 ) -> None:
-    chat = open_model(full_args, "cpu").chat
-    turns = turns_of(answers / "model_answer" / "full.jsonl", chat_questions, chat)
+    opened = open_model(full_args, "cpu")
+    chat = opened.chat
+    turns = turns_of(answers / "model_answer" / "full.jsonl", chat_questions, chat, opened.ledger["model"])
     assert [turn.question_id for turn in turns] == [q.question_id for q in chat_questions for _ in range(2)]
     first = rows_of(answers)[0]
     said = first["choices"][0]["turns"]
@@ -214,11 +215,42 @@ def of_other_questions(row: dict[str, Any]) -> None:
 
 
 def of_another_template(row: dict[str, Any]) -> None:
-    row["decdec"]["configuration"]["chat"]["stop"] = [1]
+    row["decdec"]["configuration"]["chat"]["example_sha256"] = "0"
+
+
+def of_other_weights(row: dict[str, Any]) -> None:
+    weights = row["decdec"]["configuration"]["ledger"]["model"]["weights"]
+    assert all(len(digest) == 64 for digest in weights.values())
+    weights["model.safetensors"] = "0" * 64
 
 
 def with_a_longer_answer(row: dict[str, Any]) -> None:
     row["choices"][0]["turns"][0] += " more"
+
+
+def test_ends_do_not_matter_to_prompts(
+    answers: Path, full_args: str, chat_questions: list[Question], tmp_path: Path
+) -> None:
+    rows = rows_of(answers)
+    for row in rows:
+        row["decdec"]["configuration"]["chat"]["stop"] = [1]
+    path = tmp_path / "full.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened = open_model(full_args, "cpu")
+    found = turns_of(path, chat_questions, opened.chat, opened.ledger["model"])
+    assert len(found) == 2 * len(chat_questions)
+
+
+def test_a_misspelt_configuration_is_refused_before_the_full_models_pass(
+    answers: Path,
+    full_args: str,
+    chat_questions: list[Question],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "answer_states", lambda *_: pytest.fail("a pass was taken"))
+    with pytest.raises(DecDECError, match="model_args must be pretrained=MODEL"):
+        fidelity(answers, "full", full_args, ["pretraind=x"], tmp_path / "f.json", chat_questions)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +260,7 @@ def with_a_longer_answer(row: dict[str, Any]) -> None:
         (without_ours, "must be answers of method=full"),
         (of_other_questions, "must be answers to the questions of --data-dir, got those of others"),
         (of_another_template, "must be of the chat template of --full-args, got another"),
+        (of_other_weights, "must be answers of the weights of --full-args, got those of others"),
         (with_a_longer_answer, "prompt of question 81, turn 2, must be .* tokens, got"),
     ],
 )
@@ -244,7 +277,8 @@ def test_refused_answers(
     path = tmp_path / "full.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DecDECError, match=message) as refused:
-        turns_of(path, chat_questions, open_model(full_args, "cpu").chat)
+        opened = open_model(full_args, "cpu")
+        turns_of(path, chat_questions, opened.chat, opened.ledger["model"])
     assert "\n" not in str(refused.value)
 
 

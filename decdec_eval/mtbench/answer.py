@@ -268,9 +268,12 @@ def answer(
     answered again. What is refused raises DecDECError, before the model is loaded where it can.
     """
     _require_sound(questions, limit, seed)
-    model_id = model_id or default_model_id(model_args)
+    model_id = default_model_id(model_args) if model_id is None else model_id
     if not re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*", model_id):
         raise DecDECError(f"model-id must be letters, digits, '.', '_', '+' and '-', got {model_id!r}")
+    require_int("max-new-tokens", max_new_tokens, 1, 1 << 20)
+    if out.exists() and not out.is_dir():
+        raise DecDECError(f"out must be a folder, got the file {out}")
     return answer_with(open_model(model_args, device), out, questions, model_id, limit, max_new_tokens, seed)
 
 

@@ -32,7 +32,7 @@ from decdec_core.files import write_json
 from decdec_core.model import set_compensation, state_of
 from decdec_core.provenance import environment
 from decdec_eval.lm_model import FULL
-from decdec_eval.mtbench.adapter import Opened, open_model
+from decdec_eval.mtbench.adapter import Opened, chat_format_of, open_model
 from decdec_eval.mtbench.answer import add_model, questions_sha256, read_answers
 from decdec_eval.mtbench.conversation import ChatFormat
 from decdec_eval.mtbench.data import Question, load_questions, mt_bench_folder
@@ -50,11 +50,14 @@ class Turn:
     answer: list[int]
 
 
-def turns_of(path: Path, questions: Sequence[Question], chat: ChatFormat) -> list[Turn]:
+def turns_of(
+    path: Path, questions: Sequence[Question], chat: ChatFormat, model: dict[str, Any]
+) -> list[Turn]:
     """Return the turns of an answer file of this package, their prompts as they were when they were answered.
 
-    Raises DecDECError for answers that are not an unquantized model's, that hold no tokens, that are of other
-    questions, and whose prompts `chat` makes otherwise.
+    model: the files of the full-precision model (sources.model_files). Raises DecDECError for answers that
+    are not of its weights, that hold no tokens, that are of other questions, and whose prompts `chat` makes
+    otherwise.
     """
     rows, _ = read_answers(path)
     by_id = {question.question_id: question for question in questions}
@@ -65,7 +68,10 @@ def turns_of(path: Path, questions: Sequence[Question], chat: ChatFormat) -> lis
             raise DecDECError(f"{path} must be answers of method=full, as `answer` writes them, got others")
         if kept["configuration"]["questions_sha256"] != questions_sha256(questions):
             raise DecDECError(f"{path} must be answers to the questions of --data-dir, got those of others")
-        if kept["configuration"]["chat"] != chat.describe():
+        wrote = kept["configuration"]["ledger"].get("model", {})
+        if wrote.get("weights", wrote) != model.get("weights", model):
+            raise DecDECError(f"{path} must be answers of the weights of --full-args, got those of others")
+        if not _same_prompts(kept["configuration"]["chat"], chat.describe()):
             raise DecDECError(f"{path} must be of the chat template of --full-args, got another")
         said, asked = row["choices"][0]["turns"], by_id[question_id].turns
         for turn, messages in enumerate(([asked[0]], [asked[0], said[0], asked[1]])):
@@ -79,6 +85,12 @@ def turns_of(path: Path, questions: Sequence[Question], chat: ChatFormat) -> lis
     if not turns:
         raise DecDECError(f"{path} must hold answers, got none")
     return turns
+
+
+def _same_prompts(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two chat formats make the same prompts. Where answers end does not matter to their
+    tokens, and versions of transformers differ in what they call an end."""
+    return all(one.get(name) == other.get(name) for name in ("name", "example_sha256"))
 
 
 @torch.inference_mode()
@@ -133,7 +145,7 @@ class Full:
             )
         require_supported(opened.model.config)  # of which logits are the head's of the last hidden state
         self.chat, self.ledger = opened.chat, opened.ledger
-        self.turns = turns_of(path, questions, opened.chat)
+        self.turns = turns_of(path, questions, opened.chat, opened.ledger["model"])
         self.head = opened.model.get_output_embeddings()
         self._model: Any = opened.model
         self._states: list[Tensor] = []
@@ -149,7 +161,7 @@ class Full:
     def measure(self, opened: Opened, label: str) -> list[dict[str, Any]]:
         """Return a row for each conversation; another vocabulary or template raises DecDECError."""
         head, chat, states = opened.model.get_output_embeddings(), opened.chat.describe(), self.states()
-        if chat != self.chat.describe() or head.weight.shape[0] != self.head.weight.shape[0]:
+        if not _same_prompts(chat, self.chat.describe()) or head.weight.shape[0] != self.head.weight.shape[0]:
             raise DecDECError(f"{label} must have the full model's tokens and chat template, got others")
         rows: dict[int, dict[str, Any]] = {}
         bar = tqdm(zip(self.turns, states, strict=True), total=len(states), desc=label, unit="turn")
@@ -180,6 +192,8 @@ def fidelity(
     path = answers / "model_answer" / f"{reference}.jsonl"
     if not path.is_file():
         raise DecDECError(f"reference must be the name of an answer file, got {reference}: no {path}")
+    for args in model_args:
+        chat_format_of(args)  # what is no model is refused before the long pass
     full = Full(open_model(full_args, device), path, questions)
     turns = json.dumps([asdict(turn) for turn in full.turns])
     task = {
@@ -189,24 +203,28 @@ def fidelity(
         "full": full.ledger,
     }
     result = _begun(out, task)
-    if not result["runs"]:
-        full.states()  # before another model is in memory
+    full.states()  # before another model is in memory
     for args in model_args:
-        opened = open_model(args, device)
-        if opened.ledger in [run["configuration"] for run in result["runs"]]:
-            continue
-        rows = full.measure(opened, args)
-        result["runs"].append(
-            {
-                "model_args": args,
-                "configuration": opened.ledger,
-                "metrics": summary(rows),
-                "conversations": rows,
-                "environment": environment(opened.model.device, "fschat", "lm_eval"),
-            }
-        )
-        write_json(out, result)
+        run = _run(full, args, device, [run["configuration"] for run in result["runs"]])
+        if run is not None:
+            result["runs"].append(run)
+            write_json(out, result)
     return result
+
+
+def _run(full: Full, args: str, device: str, known: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return one configuration's run, None where it is among the `known`. Its model is let go."""
+    opened = open_model(args, device)
+    if opened.ledger in known:
+        return None
+    rows = full.measure(opened, args)
+    return {
+        "model_args": args,
+        "configuration": opened.ledger,
+        "metrics": summary(rows),
+        "conversations": rows,
+        "environment": environment(opened.model.device, "fschat", "lm_eval"),
+    }
 
 
 def _begun(out: Path, task: dict[str, Any]) -> dict[str, Any]:

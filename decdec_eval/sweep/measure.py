@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from decdec_core.architectures import require_supported
 from decdec_core.config import DecDECError
-from decdec_core.sources import load_tokenizer
+from decdec_core.sources import load_tokenizer, model_files
 from decdec_core.texts import available_text, load_text
 from decdec_eval.lm_model import DecDECLM
 from decdec_eval.mtbench.adapter import Opened, chat_format_of, ledger_of
@@ -126,7 +126,8 @@ def digest_of(turns: Sequence[Turn]) -> str:
 
 def turns(task: Fidelity, source: Path, out: Path) -> list[Turn]:
     """Return the turns of full_answers' file in `out`. source: the full model's folder."""
-    return turns_of(_answer_file(out), questions_of(task), chat_format_of(f"pretrained={source}"))
+    chat = chat_format_of(f"pretrained={source}")
+    return turns_of(_answer_file(out), questions_of(task), chat, model_files(source))
 
 
 def keep_turns(lm: DecDECLM, read: Sequence[Turn], path: Path) -> None:
