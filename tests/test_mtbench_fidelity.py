@@ -276,8 +276,8 @@ def test_refused_answers(
     change(rows[0])
     path = tmp_path / "full.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened = open_model(full_args, "cpu")
     with pytest.raises(DecDECError, match=message) as refused:
-        opened = open_model(full_args, "cpu")
         turns_of(path, chat_questions, opened.chat, opened.ledger["model"])
     assert "\n" not in str(refused.value)
 
