@@ -278,6 +278,7 @@ def test_a_second_run_on_the_same_file_is_refused(
         ({"limit": 0}, "limit must be 1..4, got 0"),
         ({"limit": 7}, "limit must be 1..4, got 7"),
         ({"model_id": "../x"}, "model-id must be letters, digits"),
+        ({"model_id": ""}, "model-id must be letters, digits"),
         ({"max_new_tokens": 0}, "max-new-tokens must be 1..4095, got 0"),
         ({"max_new_tokens": 4096}, "max-new-tokens must be 1..4095, got 4096"),
     ],
@@ -288,6 +289,14 @@ def test_refused_settings(
     with pytest.raises(DecDECError, match=message):
         answer(args, tmp_path, chat_questions, **change)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(
+    args: str, chat_questions: list[Question], tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(DecDECError, match=r"out must be a folder, got the file .*out"):
+        answer(args, tmp_path / "out", chat_questions)
 
 
 def test_a_conversation_longer_than_the_context_is_cut_and_marked(

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from decdec_core.config import DecDECError, require_int
 from decdec_core.decode import Decoder, Sampling
 from decdec_core.files import lock
 from decdec_core.fusing import fuse
 from decdec_core.provenance import environment
+from decdec_core.sources import model_folder
 from decdec_eval.mtbench.adapter import Opened, arguments_of, open_model
 from decdec_eval.mtbench.conversation import ChatFormat
 from decdec_eval.mtbench.data import Question, load_questions, mt_bench_folder
@@ -271,7 +273,8 @@ def answer(
     model_id = default_model_id(model_args) if model_id is None else model_id
     if not re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9._+-]*", model_id):
         raise DecDECError(f"model-id must be letters, digits, '.', '_', '+' and '-', got {model_id!r}")
-    require_int("max-new-tokens", max_new_tokens, 1, 1 << 20)
+    config = AutoConfig.from_pretrained(model_folder(str(arguments_of(model_args)["pretrained"])))
+    require_int("max-new-tokens", max_new_tokens, 1, config.max_position_embeddings - 1)
     if out.exists() and not out.is_dir():
         raise DecDECError(f"out must be a folder, got the file {out}")
     return answer_with(open_model(model_args, device), out, questions, model_id, limit, max_new_tokens, seed)
