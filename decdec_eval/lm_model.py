@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -246,23 +247,21 @@ class DecDECLM(HFLM):
         groups = [list(range(len(context)))]
         if batching.padding_changes_answers(self.model, settings, prompt, max_length - prompt):
             groups = batching.of_equal_length(mask)
+        generate = partial(self._generate, max_length - prompt, stop, settings)
         new: dict[int, torch.Tensor] = {}
         for group in groups:
             # the padding that all of them have is left out
             first = int(prompt - mask[group].sum(1).max())
             ids, there = context[group, first:], mask[group, first:]
-            answers = self._generate_rows(ids, there, max_length - prompt, stop, settings)
-            new.update(zip(group, answers, strict=True))
+            new.update(zip(group, self._in_parts(generate, ids, there), strict=True))
         rows = [new[row] for row in range(len(context))]
         return torch.cat([context, batching.padded(rows, self.tokenizer.pad_token_id, "right")], dim=1)
 
-    def _generate_rows(
+    def _in_parts(
         self,
+        generate: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]],
         ids: torch.Tensor,
         mask: torch.Tensor,
-        new_tokens: int,
-        stop: list[str],
-        settings: dict[str, Any],
     ) -> list[torch.Tensor]:
         """Return the rows' answers; where batch_size is auto and they do not fit, of fewer at a time."""
         at_once = min(len(ids), self._fitting or len(ids))
@@ -270,7 +269,7 @@ class DecDECLM(HFLM):
         while len(answers) < len(ids):
             part = slice(len(answers), len(answers) + at_once)
             try:
-                answers += self._generate(ids[part], mask[part], new_tokens, stop, settings)
+                answers += generate(ids[part], mask[part])
             except torch.OutOfMemoryError:
                 if self.batch_size != "auto" or at_once == 1:
                     raise
@@ -281,11 +280,11 @@ class DecDECLM(HFLM):
 
     def _generate(
         self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
         new_tokens: int,
         stop: list[str],
         settings: dict[str, Any],
+        ids: torch.Tensor,
+        mask: torch.Tensor,
     ) -> list[torch.Tensor]:
         dtype = self.mixed_precision_dtype
         if not settings["do_sample"]:  # transformers warns of a temperature that it does not use
